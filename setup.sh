@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# Stage I: make .venv and install everything the later stages need.
+#
+#   bash setup.sh           GPU profile if `nvidia-smi -L` works, else CPU
+#   bash setup.sh --cpu     force the CPU profile (LMDeploy runs on the CPU through patches/)
+#   bash setup.sh --gpu     force the GPU profile (LMDeploy with the torch it asks for)
+#
+# A second run finds its stamp and ends at once. An interrupted run is simply started again.
+# Mirrors: PIP_INDEX_URL is honoured as pip does; TORCH_INDEX_URL names an index holding the small
+# CPU build of torch (on Linux the usual index serves the CUDA build, which is 2 GB more).
+set -euo pipefail
+
+LMDEPLOY="lmdeploy==0.18.0"
+XGRAMMAR="xgrammar==0.2.8" # asks for triton, which only a GPU can use
+
+cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+venv=.venv
+log=$venv/setup.log
+python=$venv/bin/python
+
+say() { printf '%s\n' "$*"; }
+fail() { # fail WHAT NEXT...: one line of what went wrong, then what to do, one line each
+    printf 'setup.sh: %s\n' "$1" >&2
+    shift
+    printf '  %s\n' "$@" >&2
+    exit 1
+}
+usage() { sed -n '4,6s/^#   //p' "${BASH_SOURCE[0]}"; }
+
+# ---- Settings ------------------------------------------------------------------------------------
+profile=
+for option in "$@"; do
+    case $option in
+        --cpu | --gpu)
+            if [ -n "$profile" ] && [ "$profile" != "${option#--}" ]; then
+                fail "--cpu and --gpu exclude each other" "Give one of them, or neither."
+            fi
+            profile=${option#--}
+            ;;
+        -h | --help) usage && exit 0 ;;
+        *) fail "unknown option '$option'" "Options: --cpu, --gpu, --help." ;;
+    esac
+done
+
+case $(uname -s) in
+    MINGW* | MSYS* | CYGWIN*)
+        fail "native Windows is not supported" "Install WSL (wsl --install) and run this inside it."
+        ;;
+esac
+
+mkdir -p "$venv" 2>/dev/null ||
+    fail "cannot write in $PWD" "Check the folder's permissions and the free disk space (df -h .)."
+
+# Two set-ups at once would install over each other; the second waits, then finds the stamp.
+if command -v flock >/dev/null; then
+    exec 9>"$venv/setup.lock"
+    flock -n 9 || { say "Another set-up is running in this folder; waiting for it." && flock 9; }
+fi
+
+# A profile once chosen stays, so that run_tests.sh and quickstart.sh do not undo `--cpu`.
+if [ -z "$profile" ] && [ -s "$venv/profile" ]; then
+    profile=$(<"$venv/profile")
+elif [ -z "$profile" ]; then
+    profile=cpu
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then profile=gpu; fi
+fi
+
+# The stamp holds all that decides what is installed, so that any change of it installs anew.
+wanted() { printf '%s\n' "profile $profile" && cat requirements.txt setup.sh; }
+if wanted | cmp -s - "$venv/stamp" && "$python" -c '' 2>/dev/null; then
+    say "Set-up is complete (profile: $profile); nothing to install."
+    exit 0
+fi
+rm -f "$venv/stamp"
+printf '%s\n' "$profile" >"$venv/profile"
+
+# ---- Steps ---------------------------------------------------------------------------------------
+explain() { # explain LOG: turn a failed step's output into what to do next
+    if grep -qiE 'no space left|disk quota' "$1"; then
+        say "The disk is full: free about $([ "$profile" = gpu ] && echo 20 || echo 4) GB (df -h .)."
+    elif grep -qiE 'name resolution|NewConnectionError|ConnectTimeout|Read timed out|ProxyError|unreachable|Connection (refused|reset|aborted|broken)|SSLError' "$1"; then
+        say "The package index cannot be reached. Behind a proxy set HTTPS_PROXY; to use a mirror set"
+        say "PIP_INDEX_URL, for example: PIP_INDEX_URL=https://your.mirror/simple bash setup.sh"
+        if [ -n "${TORCH_INDEX_URL:-}" ]; then say "TORCH_INDEX_URL is $TORCH_INDEX_URL: is it right?"; fi
+    elif grep -qiE 'THESE PACKAGES DO NOT MATCH THE HASHES|IncompleteRead' "$1"; then
+        say "A download was cut off or damaged."
+    elif grep -qiE 'No matching distribution|not a supported wheel|Failed to build|subprocess-exited' "$1"; then
+        say "No ready-made package fits this Python ($("$python" -V 2>&1), $(uname -sm)) or pip"
+        say "($("$python" -m pip --version 2>/dev/null | cut -d' ' -f1-2)). Try Python 3.10 to 3.13 (delete $venv afterwards), a newer"
+        say "pip ($python -m pip install -U pip), or another PIP_INDEX_URL if your mirror is behind."
+    elif grep -qiE 'MemoryError|Killed|Cannot allocate memory' "$1"; then
+        say "There is too little memory: close other programs."
+    else
+        say "The last lines of the log say why."
+    fi
+    say "Then run again: bash setup.sh (what is already installed is kept)"
+}
+
+ticker= # the process that shows how a long step gets on; only on a terminal
+stop_ticker() { [ -z "$ticker" ] || { kill "$ticker" && wait "$ticker"; } 2>/dev/null || true; ticker=; }
+trap stop_ticker EXIT
+trap 'stop_ticker; printf "\nInterrupted. Run again to continue: bash setup.sh\n" >&2; exit 130' INT TERM
+
+watch_step() { # watch_step TITLE LOG: redraw the line each second with what pip is doing
+    local seconds=0 doing
+    while sleep 1; do
+        seconds=$((seconds + 1))
+        doing=$(sed -nE 's/^ *((Collecting|Downloading|Building|Installing) [^ ]+( \([^)]*\))?).*/\1/p' "$2" | tail -n 1)
+        printf '\r\033[K  %-34s %4ss  %.60s' "$1" "$seconds" "$doing"
+    done
+}
+
+step() { # step TITLE COMMAND...: run it with its output in the log
+    local title=$1 start=$SECONDS part=$venv/step.log hint lines=()
+    shift
+    : >"$part"
+    if [ -t 1 ]; then watch_step "$title" "$part" & ticker=$!; fi
+    printf '\n==== %s: %s\n' "$title" "$*" >>"$log"
+    local status=0
+    "$@" >"$part" 2>&1 || status=$?
+    stop_ticker
+    cat "$part" >>"$log"
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+    if [ "$status" -ne 0 ]; then
+        while IFS= read -r hint; do lines+=("$hint"); done < <(explain "$part")
+        rm -f "$part"
+        fail "failed: $title (details at the end of $PWD/$log)" "${lines[@]}"
+    fi
+    rm -f "$part"
+    printf '  %-34s %4ss\n' "$title" $((SECONDS - start))
+}
+pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# ---- Python --------------------------------------------------------------------------------------
+can_run() { "$1" -c "$2" 2>/dev/null; } # a pyenv shim exists even where its Python does not
+new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
+base= without_venv=
+if ! { can_run "$python" "$new_enough" && can_run "$python" 'import pip'; }; then
+    for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+        command -v "$name" >/dev/null && can_run "$name" "$new_enough" || continue
+        if can_run "$name" 'import ensurepip, venv'; then base=$name && break; fi
+        without_venv=${without_venv:-$("$name" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')}
+    done
+    if [ -z "$base" ] && [ -n "$without_venv" ]; then
+        fail "$without_venv has no venv module" \
+            "On Debian or Ubuntu: sudo apt install $without_venv-venv; then run again: bash setup.sh"
+    elif [ -z "$base" ]; then
+        fail "no Python 3.10 or newer was found (looked for python3.13 … python3.10, python3, python)" \
+            "Debian or Ubuntu: sudo apt install python3 python3-venv; macOS: brew install python@3.12" \
+            "or with conda: conda create -n yuanmeng python=3.12 && conda activate yuanmeng" \
+            "Then run again: bash setup.sh"
+    fi
+    rm -f "$venv"/bin/python* # venv keeps a dangling link of an earlier Python as it is
+fi
+
+# ---- Install -------------------------------------------------------------------------------------
+say "Setting up $venv (profile: $profile$([ "$profile" = gpu ] || echo '; --gpu forces the other'))"
+say "Details: $log"
+: >"$log"
+if [ -n "$base" ]; then step "virtual environment ($base)" "$base" -m venv "$venv"; fi
+
+if [ "$profile" = gpu ]; then
+    # LMDeploy decides which torch: all in one call, so that pip finds versions that fit together.
+    grep -v '^torch==' requirements.txt >"$venv/requirements-gpu.txt"
+    step "LMDeploy, its torch, the rest" pip install "$LMDEPLOY" -r "$venv/requirements-gpu.txt"
+else
+    torch=$(grep '^torch==' requirements.txt)
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        step "PyTorch (TORCH_INDEX_URL)" pip install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
+    else
+        step "PyTorch" pip install --no-deps "$torch"
+    fi
+    step "requirements.txt" pip install -r requirements.txt
+    if [ "$(uname -sm)" = "Linux x86_64" ]; then
+        # Without its dependencies: they include GPU-only packages and an older torch.
+        step "LMDeploy without GPU packages" pip install --no-deps "$LMDEPLOY" "$XGRAMMAR"
+    else
+        say "  LMDeploy has no package for $(uname -sm): stages VII to IX need Linux on x86-64."
+    fi
+fi
+
+modules="torch, transformers, datasets, tokenizers, safetensors, tensorboard, matplotlib"
+if can_run "$python" 'import importlib.util as u, sys; sys.exit(not u.find_spec("lmdeploy"))'; then
+    modules="$modules, lmdeploy.model"
+fi
+step "check that it all loads" "$python" -c "import $modules"
+step "check Deno" "$venv/bin/deno" --version
+
+wanted >"$venv/stamp.new" && mv "$venv/stamp.new" "$venv/stamp"
+"$python" - "$profile" <<'PYTHON'
+import sys
+
+import torch
+import transformers
+
+build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+print(f"Ready: Python {sys.version.split()[0]}, torch {torch.__version__} ({build}), "
+      f"transformers {transformers.__version__}")
+if sys.argv[1] == "cpu" and torch.version.cuda:
+    print("This torch carries CUDA libraries that this machine does not use. To save about 2 GB: "
+          "delete .venv, set TORCH_INDEX_URL to an index of CPU builds, and run setup.sh again.")
+PYTHON
+say "Next: bash quickstart.sh, or by hand: source $venv/bin/activate"
