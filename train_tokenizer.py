@@ -123,28 +123,46 @@ def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def load_previous(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer to compare with; None if the folder holds none that can be read."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file makes the Rust side raise just that
+        print(f"The tokenizer in {folder} cannot be read ({error}), so nothing to compare with.")
+        return None
+
+
 def main() -> None:
-    (settings,) = HfArgumentParser(Settings, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
+    (settings,) = parser.parse_args_into_dataclasses()
     output_dir = Path(settings.output_dir)
-    previous = AutoTokenizer.from_pretrained(output_dir) if output_dir.exists() else None
+    previous = load_previous(output_dir)
 
     sample = draw_sample(settings)
     print(f"Training on {sum(len(text.encode()) for text in sample.train) / 1e6:.1f} MB of text …")
     tokenizer = train(sample.train, settings.vocab_size)
 
+    if len(tokenizer) < settings.vocab_size:
+        print(f"The text holds only enough repetition for {len(tokenizer)} entries.")
+
     # Saved beside the old one and read back; only a tokenizer without a fault takes its place.
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".tokenizer.") as temporary:
-        tokenizer.save_pretrained(temporary)
-        saved = AutoTokenizer.from_pretrained(temporary)
-        faults = find_faults(saved, DEFAULT_SYSTEM)
-        print_report(Console(), saved, previous, sample.heldout, faults)
-        if faults:
-            raise SystemExit(f"Not saved; {output_dir} is as it was.")
-        output_dir.mkdir(exist_ok=True)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, output_dir / file.name)
-        flush_folder(output_dir)
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".tokenizer.") as temporary:
+            tokenizer.save_pretrained(temporary)
+            saved = AutoTokenizer.from_pretrained(temporary)
+            faults = find_faults(saved, DEFAULT_SYSTEM)
+            print_report(Console(), saved, previous, sample.heldout, faults)
+            if faults:
+                raise SystemExit(f"Not saved; {output_dir} is as it was.")
+            output_dir.mkdir(exist_ok=True)
+            for file in sorted(Path(temporary).iterdir()):
+                os.replace(file, output_dir / file.name)
+            flush_folder(output_dir)
+    except OSError as error:
+        raise SystemExit(f"Cannot save to {output_dir}: {error.strerror}") from error
     print(f"Saved to {output_dir}. Next: python train_pretrain.py")
 
 

@@ -63,15 +63,17 @@ def record_text(record: object) -> str:
     """
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    if isinstance(record.get("text"), str):
-        return record["text"]
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
+    text, turns = record.get("text"), record.get("conversations")
+    if isinstance(turns, list):
+        try:
+            text = "\n".join(turn["role"] + "\n" + turn["content"] for turn in turns)
+        except (KeyError, TypeError):
+            raise ValueError('a turn lacks "role" or "content" (strings)') from None
+    if not isinstance(text, str):
         raise ValueError('neither "text" (a string) nor "conversations" (a list)')
-    try:
-        return "\n".join(turn["role"] + "\n" + turn["content"] for turn in turns)
-    except (KeyError, TypeError):
-        raise ValueError('a turn lacks "role" or "content" (strings)') from None
+    if not text.strip():
+        raise ValueError("empty")
+    return text
 
 
 def sample_texts(

@@ -23,7 +23,8 @@ def text_kind(text: str) -> str:
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
     """UTF-8 bytes per token over all texts: higher means fewer tokens, so shorter sequences."""
     texts = list(texts)
-    num_tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    backend = tokenizer.backend_tokenizer  # unlike the wrapper, it does not warn of long texts
+    num_tokens = sum(len(encoding.ids) for encoding in backend.encode_batch(texts))
     return sum(len(text.encode()) for text in texts) / num_tokens
 
 
@@ -34,8 +35,8 @@ def broken_characters(tokenizer: PreTrainedTokenizerBase, plane: int) -> list[st
     can hold.
     """
     broken = []
-    for start in range(plane * PLANE_SIZE, (plane + 1) * PLANE_SIZE, 1024):
-        text = "".join(chr(code) for code in range(start, start + 1024)
+    for start in range(plane * PLANE_SIZE, (plane + 1) * PLANE_SIZE, 256):
+        text = "".join(chr(code) for code in range(start, start + 256)
                        if not 0xD800 <= code <= 0xDFFF)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if tokenizer.decode(ids) != text:
