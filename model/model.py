@@ -271,7 +271,8 @@ def attention_mask_for(
     """
     T, device = x_BTD.shape[1], x_BTD.device
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask.bool()
+        # transformers also writes these as numbers to add: 0 where allowed, very negative where not.
+        return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not padded and segment_ids is None and (past == 0 or T == 1):
         return None
