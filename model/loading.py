@@ -1,0 +1,192 @@
+"""Getting a trained model back from disk: a `.pth` file of the trainers, or a Hugging Face folder.
+
+Both are checked key by key and shape by shape before anything is used: a truncated download, a
+resume state or somebody else's model ends in one line that says so. `.pth` files are read with
+`weights_only=True`, and safetensors cannot hold code, so a file from a stranger cannot run any.
+"""
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from .config import PRESETS, YuanMengConfig, preset_config
+from .model import YuanMengModel
+
+DEFAULT_HEAD_DIM = 64
+
+
+class WeightsError(ValueError):
+    """The file or folder does not hold a YuanMeng model; the message is one line."""
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[YuanMengModel, str]:
+    """The model at `path`, ready for inference, and its name (`sft_512`, `yuanmeng-26m-instruct`).
+
+    Args:
+        path: a `.pth` state dict, or a folder with `config.json` and `*.safetensors`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        WeightsError: it is there, but it is not a whole YuanMeng model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, state = read_folder(path)
+    else:
+        state = load_weights(path)
+        config = infer_config(state, path)
+    model = build_model(config, state, path)
+    return model.to(device=device, dtype=dtype).eval(), path.resolve().name.removesuffix(".pth")
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a `.pth` file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is truncated, or holds something else than named tensors.
+    """
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            f"{path} is truncated or not a weights file ({type(error).__name__}); "
+            "train again or copy it again"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise WeightsError(f"{path} holds a {type(state).__name__}, not a model's weights")
+    foreign = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise WeightsError(
+            f"{path} is not a weights file: its entry {foreign[0]!r} is not a tensor "
+            "(a resume state? the weights are the .pth file beside it)"
+        )
+    return state
+
+
+def read_folder(folder: Path) -> tuple[YuanMengConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a Hugging Face folder, sharded or not.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the model is of another type.
+    """
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        settings, _ = YuanMengConfig.get_config_dict(folder)
+        if settings.get("model_type") != YuanMengConfig.model_type:
+            raise WeightsError(
+                f"{folder} holds a model of type {settings.get('model_type')!r}, not 'yuanmeng'"
+            )
+        if "quantization_config" in settings:
+            raise WeightsError(f"{folder} holds a quantized model; LMDeploy runs it, not PyTorch")
+        config = YuanMengConfig.from_dict(settings)
+    except OSError as error:
+        raise WeightsError(f"{folder / 'config.json'} is not readable JSON") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"{folder} has a config.json but no .safetensors file")
+    state = {}
+    for file in files:
+        try:
+            state.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file} is truncated or damaged ({error})") from error
+    return config, state
+
+
+def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
+    """The configuration that tensors of these shapes were made with.
+
+    The width names the preset. A width of no preset is taken to have heads of 64; shapes alone
+    cannot tell.
+
+    Raises:
+        WeightsError: these are not the tensors of a YuanMeng model.
+    """
+    first = "layers.0."
+    needed = [
+        "tok_embeddings.weight",
+        *(f"{first}{name}.weight" for name in ("attention.wq", "attention.wk", "feed_forward.w1")),
+    ]
+    missing = [name for name in needed if name not in state or state[name].dim() != 2]
+    if missing:
+        raise WeightsError(f"{path} is not a YuanMeng model: it has no matrix {missing[0]}")
+    vocab_size, hidden_size = state["tok_embeddings.weight"].shape
+    for name, preset in PRESETS.items():
+        if preset["hidden_size"] == hidden_size:
+            config = preset_config(name)
+            break
+    else:
+        config = YuanMengConfig(hidden_size=hidden_size, num_attention_heads=1,
+                                num_key_value_heads=1, head_dim=DEFAULT_HEAD_DIM)
+    layer_numbers = {int(key.split(".")[1]) for key in state if key.startswith("layers.")}
+    try:
+        return YuanMengConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=state[f"{first}feed_forward.w1.weight"].shape[0],
+            num_hidden_layers=len(layer_numbers),
+            num_attention_heads=state[f"{first}attention.wq.weight"].shape[0] // config.head_dim,
+            num_key_value_heads=state[f"{first}attention.wk.weight"].shape[0] // config.head_dim,
+            head_dim=config.head_dim,
+        )
+    except ValueError as error:
+        raise WeightsError(f"{path}: the shapes are not those of a YuanMeng model") from error
+
+
+def build_model(
+    config: YuanMengConfig, state: dict[str, torch.Tensor], path: Path
+) -> YuanMengModel:
+    """A model of this configuration that holds exactly these tensors, in their own dtype.
+
+    Raises:
+        WeightsError: tensors are missing, unknown, of other shapes, or not finite.
+    """
+    # On "meta" no memory is filled with initial values that the file replaces at once.
+    with torch.device("meta"):
+        model = YuanMengModel(config)
+    embedding = state.get("tok_embeddings.weight")
+    if config.tie_word_embeddings and embedding is not None:
+        head = state.setdefault("output.weight", embedding)
+        if head is not embedding and not torch.equal(head, embedding):
+            raise WeightsError(f"{path}: output.weight differs from tok_embeddings.weight, its tie")
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - state), sorted(state.keys() - expected.keys())
+    if missing:
+        raise WeightsError(f"{path} lacks {len(missing)} tensors of the model, first {missing[0]}")
+    if unknown:
+        raise WeightsError(f"{path} has {len(unknown)} unknown tensors, first {unknown[0]}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise WeightsError(
+                f"{path}: {name} has shape {list(tensor.shape)}, "
+                f"the model's is {list(expected[name].shape)}"
+            )
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise WeightsError(f"{path}: {name} holds NaN, infinity or integers")
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def load_tokenizer(path: str | Path, default: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved with the model at `path`, if any, otherwise the one in `default`.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    folder = next((f for f in (Path(path), Path(default)) if (f / "tokenizer.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {default}; make one with `python train_tokenizer.py`"
+        )
+    return PreTrainedTokenizerFast.from_pretrained(folder)

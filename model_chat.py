@@ -1,0 +1,251 @@
+"""Stage Ⅴ: talk to the model you trained.
+
+In:   out/sft_512.pth (out/sft_256.pth), or with `--mode 0` out/pretrain_512.pth; while there are no
+      fine-tuned weights yet, the small model shipped in model/yuanmeng-mini-instruct.
+Out:  a conversation in this terminal; in a pipe, an answer to each line.
+Next: convert_to_transformers.py
+
+    python model_chat.py
+    python model_chat.py --mode 0 --temperature 0.5
+    echo 你是谁 | python model_chat.py --temperature 0
+"""
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from model import MINI_DIR, PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset
+from model.conversation import encode_conversation, encode_text, fit_conversation
+from model.generation import TextStream, check_sampling, generate_tokens
+from model.loading import load_model, load_tokenizer
+
+
+@dataclass
+class Settings:
+    """Talk to a trained model. Change a default here, or give `--name value` for one run."""
+
+    mode: Literal[0, 1] = HfArg(default=1, help="0: pretrained weights; 1: fine-tuned weights")
+    max_seq_len: int = HfArg(default=256, help="longest prompt in tokens; what is over is cut off")
+    max_new_tokens: int = HfArg(default=64, help="longest answer in tokens")
+    temperature: float = HfArg(default=0.75, help="randomness; lower is surer, 0 is none at all")
+    top_p: float = HfArg(default=0.90, help="sample among the likeliest tokens of this probability")
+    repetition_penalty: float = HfArg(default=1.05, help="above 1: say the same less often")
+    model: str | None = HfArg(default=None, help="a .pth file or a Hugging Face folder")
+    preset: str | None = HfArg(default=None, help="26m or mini: which weights in out/ to load")
+    system: str | None = HfArg(default=None, help="system line instead of the template's own")
+    seed: int | None = HfArg(default=None, help="makes the answers repeatable")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
+        default="auto", help="auto: bfloat16 where the processor computes in it, else float32"
+    )
+    stats: bool = HfArg(default=False, help="print the speed after each answer")
+
+
+HELP = "/clear forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer."
+OUT = Path("out")
+
+
+class Chat:
+    """A model, its tokenizer, and the conversation so far."""
+
+    def __init__(
+        self, model: YuanMengModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ):
+        """Raises ValueError if the settings do not go together or do not fit the model."""
+        check_sampling(settings.max_new_tokens, settings.temperature, settings.top_p,
+                       settings.repetition_penalty)
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        positions = model.config.max_position_embeddings
+        self.max_prompt = min(settings.max_seq_len, positions - settings.max_new_tokens)
+        if self.max_prompt < 2:
+            raise ValueError(
+                f"max_seq_len {settings.max_seq_len} and max_new_tokens {settings.max_new_tokens} "
+                f"leave no room for a prompt in the model's {positions} positions"
+            )
+        self.generator = torch.Generator(model.device)
+        if settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(settings.seed)
+        self.clear()
+        if settings.mode == 1:
+            question = {"role": "user", "content": ""}
+            fit_conversation(tokenizer, [*self.messages, question], self.max_prompt)
+
+    def clear(self) -> None:
+        """Forget everything but the system line."""
+        system = self.settings.system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Tokens of the prompt that ends with the user's `text`, trimmed to `max_prompt`."""
+        if self.settings.mode == 0:
+            ids = encode_text(self.tokenizer, text)
+            room = self.max_prompt - 1  # for <s>
+            if len(ids) > room:
+                note(f"only the last {room} of {len(ids)} tokens fit; the beginning was left out")
+            return [self.tokenizer.bos_token_id, *ids[-room:]]
+        question = {"role": "user", "content": text}
+        ids, self.messages = fit_conversation(
+            self.tokenizer, [*self.messages, question], self.max_prompt
+        )
+        if self.messages[-1]["content"] != text:
+            note(f"the message is over {self.max_prompt} tokens; its beginning was left out")
+        return ids
+
+    def reply(self, text: str, show: Callable[[str], None]) -> str:
+        """Answer `text`, giving the answer to `show` piece by piece, and remember both.
+
+        Returns a line about the speed, for `--stats`.
+
+        An answer that Ctrl-C breaks off is remembered as far as it was shown; one without any
+        word is forgotten together with its question.
+        """
+        settings, answer, times = self.settings, "", [time.perf_counter()]
+        before = self.messages
+        prompt_ids = self.prompt_ids(text)
+        stream = TextStream(self.tokenizer)
+        try:
+            for token_id in generate_tokens(
+                self.model,
+                prompt_ids,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty,
+                eos_token_id=self.tokenizer.eos_token_id,
+                generator=self.generator,
+            ):
+                times.append(time.perf_counter())
+                piece = stream.push(token_id)
+                answer += piece
+                show(piece)
+            # No stream.finish(): an answer cut by max_new_tokens may end inside a character.
+        finally:
+            if settings.mode == 1 and answer.strip():
+                self.messages = [*self.messages, {"role": "assistant", "content": answer}]
+            else:
+                self.messages = before
+        if len(times) < 3:
+            return f"{len(prompt_ids)} tokens read, {len(times) - 1} written"
+        first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
+        return (f"{len(prompt_ids)} tokens read and the first written in {first:.2f} s, "
+                f"the next {count} at {count / rest:.1f} tokens/s")
+
+
+def find_weights(settings: Settings) -> Path:
+    """The weights that the settings ask for, or else the best there are.
+
+    Raises:
+        FileNotFoundError: there are none; the message names the command that makes them.
+    """
+    stage, script = ("sft", "train_sft.py") if settings.mode else ("pretrain", "train_pretrain.py")
+    if settings.model is not None:
+        path = Path(settings.model)
+        if path.exists():
+            return path
+        for stage_name in ("pretrain", "sft"):
+            if path.name.startswith(stage_name):
+                script = f"train_{stage_name}.py"
+        raise FileNotFoundError(f"there is no {path}; `python {script}` trains weights into {OUT}/")
+    preset = settings.preset or default_preset()
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    wanted = OUT / f"{stage}_{PRESETS[preset]['hidden_size']}.pth"
+    if wanted.exists():
+        return wanted
+    others = sorted(OUT.glob(f"{stage}_*.pth"), key=lambda path: path.stat().st_mtime)
+    if others and settings.preset is None:
+        return others[-1]
+    if settings.mode == 1 and settings.preset is None and MINI_DIR.is_dir():
+        note(f"no {wanted} yet (`python train_sft.py` makes it); using the shipped model instead")
+        return MINI_DIR
+    raise FileNotFoundError(
+        f"there is no {wanted}; `python {script} --preset {preset}` makes it"
+    )
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """`auto`: bfloat16 where it is computed in hardware (a decode step of `26m` is 1.7 times as
+    fast as in float32 on 2 cores with AVX-512 BF16), else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = torch.cpu.get_capabilities()
+        fast = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def talk(chat: Chat) -> None:
+    """Read questions and print answers until the input ends."""
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("🤔: " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if interactive:
+                print()
+            return
+        if not text:
+            continue
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/clear":
+            chat.clear()
+            note("the conversation is forgotten")
+        elif text == "/help":
+            note(HELP)
+        else:
+            if not interactive:  # nobody typed it on this screen: a transcript needs both sides
+                print(f"🤔: {text}")
+            print("🤖: ", end="", flush=True)
+            speed = "interrupted"
+            try:
+                speed = chat.reply(text, lambda piece: print(piece, end="", flush=True))
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+            print(flush=True)
+            if chat.settings.stats:
+                note(speed)
+
+
+def note(text: str) -> None:
+    """Say something that is not part of the conversation: on stderr, so that stdout can be piped."""
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        import readline  # noqa: F401  (gives input() a history and line editing)
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    try:
+        path = find_weights(settings)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = choose_dtype(settings.dtype, device)
+        model, name = load_model(path, dtype=dtype, device=device)
+        chat = Chat(model, load_tokenizer(path, TOKENIZER_DIR), settings)
+        note(f"{name}: {model.num_unique_parameters() / 1e6:.3f} million parameters, "
+             f"{str(dtype).removeprefix('torch.')} on {device}; /help lists the commands")
+        talk(chat)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"model_chat.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough; Python must not flush into it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
