@@ -175,12 +175,19 @@ def pick_data(stage: str, override: str | None = None, *, data_dir: Path = DATA_
         path, origin = starter_file, "the offline starter corpus"
     else:
         raise FileNotFoundError(
-            f"No training data: neither {modelscope_file} nor {starter_file} exists. Run\n"
+            f"No training data: neither {shown(modelscope_file)} nor {shown(starter_file)} exists. "
+            "Run\n"
             "    python -m dataset.starter     (works offline from ModelScope, a few minutes), or\n"
             "    python -m dataset.download    (larger and better, from ModelScope)")
     if not quiet:
-        print(f"Data: {path} ({origin}, {path.stat().st_size / 1e6:,.1f} MB)")
+        print(f"Data: {shown(path)} ({origin}, {path.stat().st_size / 1e6:,.1f} MB)")
     return path
+
+
+def shown(path: Path) -> Path:
+    """The path as a user would write it: relative to where they are, if it lies below."""
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
 
 
 def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
