@@ -75,19 +75,22 @@ rm -f "$venv/stamp"
 printf '%s\n' "$profile" >"$venv/profile"
 
 # ---- Steps ---------------------------------------------------------------------------------------
+unreachable='name resolution|NewConnectionError|ConnectTimeout|Read timed out|ProxyError|SSLError'
+unreachable="$unreachable|unreachable|Connection (refused|reset|aborted|broken)"
+unfit='No matching distribution|not a supported wheel|Failed to build|subprocess-exited'
 explain() { # explain LOG: turn a failed step's output into what to do next
     if grep -qiE 'no space left|disk quota' "$1"; then
-        say "The disk is full: free about $([ "$profile" = gpu ] && echo 20 || echo 4) GB (df -h .)."
-    elif grep -qiE 'name resolution|NewConnectionError|ConnectTimeout|Read timed out|ProxyError|unreachable|Connection (refused|reset|aborted|broken)|SSLError' "$1"; then
-        say "The package index cannot be reached. Behind a proxy set HTTPS_PROXY; to use a mirror set"
-        say "PIP_INDEX_URL, for example: PIP_INDEX_URL=https://your.mirror/simple bash setup.sh"
-        if [ -n "${TORCH_INDEX_URL:-}" ]; then say "TORCH_INDEX_URL is $TORCH_INDEX_URL: is it right?"; fi
-    elif grep -qiE 'THESE PACKAGES DO NOT MATCH THE HASHES|IncompleteRead' "$1"; then
+        say "The disk is full: free 4 GB for the CPU profile, 20 GB for the GPU's (df -h .)."
+    elif grep -qiE "$unreachable" "$1"; then
+        say "The package index cannot be reached. Behind a proxy set HTTPS_PROXY; to use a mirror:"
+        say "PIP_INDEX_URL=https://your.mirror/simple bash setup.sh"
+        [ -z "${TORCH_INDEX_URL:-}" ] || say "TORCH_INDEX_URL is $TORCH_INDEX_URL: is it right?"
+    elif grep -qiE 'DO NOT MATCH THE HASHES|IncompleteRead' "$1"; then
         say "A download was cut off or damaged."
-    elif grep -qiE 'No matching distribution|not a supported wheel|Failed to build|subprocess-exited' "$1"; then
-        say "No ready-made package fits this Python ($("$python" -V 2>&1), $(uname -sm)) or pip"
-        say "($("$python" -m pip --version 2>/dev/null | cut -d' ' -f1-2)). Try Python 3.10 to 3.13 (delete $venv afterwards), a newer"
-        say "pip ($python -m pip install -U pip), or another PIP_INDEX_URL if your mirror is behind."
+    elif grep -qiE "$unfit" "$1"; then
+        say "No ready-made package fits this Python ($("$python" -V 2>&1), $(uname -sm)),"
+        say "or pip is too old: $python -m pip install -U pip, or delete $venv and"
+        say "use Python 3.10 to 3.13, or another PIP_INDEX_URL if your mirror is behind."
     elif grep -qiE 'MemoryError|Killed|Cannot allocate memory' "$1"; then
         say "There is too little memory: close other programs."
     else
@@ -97,15 +100,19 @@ explain() { # explain LOG: turn a failed step's output into what to do next
 }
 
 ticker= # the process that shows how a long step gets on; only on a terminal
-stop_ticker() { [ -z "$ticker" ] || { kill "$ticker" && wait "$ticker"; } 2>/dev/null || true; ticker=; }
+stop_ticker() {
+    if [ -n "$ticker" ]; then { kill "$ticker" && wait "$ticker"; } 2>/dev/null || true; fi
+    ticker=
+}
 trap stop_ticker EXIT
-trap 'stop_ticker; printf "\nInterrupted. Run again to continue: bash setup.sh\n" >&2; exit 130' INT TERM
+trap 'printf "\nInterrupted. Run again to continue: bash setup.sh\n" >&2; exit 130' INT TERM
 
+pip_news='s/^ *((Collecting|Downloading|Building|Installing) [^ ]+( \([^)]*\))?).*/\1/p'
 watch_step() { # watch_step TITLE LOG: redraw the line each second with what pip is doing
     local seconds=0 doing
     while sleep 1; do
         seconds=$((seconds + 1))
-        doing=$(sed -nE 's/^ *((Collecting|Downloading|Building|Installing) [^ ]+( \([^)]*\))?).*/\1/p' "$2" | tail -n 1)
+        doing=$(sed -nE "$pip_news" "$2" | tail -n 1)
         printf '\r\033[K  %-34s %4ss  %.60s' "$1" "$seconds" "$doing"
     done
 }
@@ -134,20 +141,23 @@ pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
 # ---- Python --------------------------------------------------------------------------------------
 can_run() { "$1" -c "$2" 2>/dev/null; } # a pyenv shim exists even where its Python does not
 new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
-base= without_venv=
+full_name='import sys; print("python%d.%d" % sys.version_info[:2])'
+base=""
+without_venv=""
 if ! { can_run "$python" "$new_enough" && can_run "$python" 'import pip'; }; then
     for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
-        command -v "$name" >/dev/null && can_run "$name" "$new_enough" || continue
+        if ! can_run "$name" "$new_enough"; then continue; fi
         if can_run "$name" 'import ensurepip, venv'; then base=$name && break; fi
-        without_venv=${without_venv:-$("$name" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')}
+        without_venv=${without_venv:-$("$name" -c "$full_name")}
     done
     if [ -z "$base" ] && [ -n "$without_venv" ]; then
         fail "$without_venv has no venv module" \
-            "On Debian or Ubuntu: sudo apt install $without_venv-venv; then run again: bash setup.sh"
+            "Debian or Ubuntu: sudo apt install $without_venv-venv" "Then run again: bash setup.sh"
     elif [ -z "$base" ]; then
-        fail "no Python 3.10 or newer was found (looked for python3.13 … python3.10, python3, python)" \
-            "Debian or Ubuntu: sudo apt install python3 python3-venv; macOS: brew install python@3.12" \
-            "or with conda: conda create -n yuanmeng python=3.12 && conda activate yuanmeng" \
+        fail "no Python 3.10 or newer was found (as python3.13 … python3.10, python3 or python)" \
+            "Debian or Ubuntu: sudo apt install python3 python3-venv" \
+            "macOS: brew install python@3.12" \
+            "conda: conda create -n yuanmeng python=3.12 && conda activate yuanmeng" \
             "Then run again: bash setup.sh"
     fi
     rm -f "$venv"/bin/python* # venv keeps a dangling link of an earlier Python as it is
@@ -166,7 +176,7 @@ if [ "$profile" = gpu ]; then
 else
     torch=$(grep '^torch==' requirements.txt)
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
-        step "PyTorch (TORCH_INDEX_URL)" pip install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
+        step "PyTorch" pip install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     else
         step "PyTorch" pip install --no-deps "$torch"
     fi

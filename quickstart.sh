@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# From a fresh clone to a chat with a model that this machine has trained: stages I to V in order.
+#
+#   bash quickstart.sh                the mini preset: about 10 minutes of training on 2 cores
+#   bash quickstart.sh --minutes 60   train longer; three fifths pretraining, two fifths SFT
+#   bash quickstart.sh --preset 26m   the 26m preset: one whole pass, unless --minutes is given
+#   bash quickstart.sh --short        a trial of the flow: one minute of training
+#   bash quickstart.sh --cpu|--gpu    passed on to setup.sh
+#
+# Each stage prints the command that runs it by hand. Finished stages are skipped on a second run;
+# an interrupted training goes on where it was. QUICKSTART_MINUTES sets the default of --minutes.
+set -euo pipefail
+cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+
+python=.venv/bin/python
+again="bash quickstart.sh${*:+ $*}"
+start=$SECONDS
+
+fail() { # fail WHAT NEXT...: one line of what went wrong, then what to do, one line each
+    printf 'quickstart.sh: %s\n' "$1" >&2
+    shift
+    printf '  %s\n' "$@" >&2
+    exit 1
+}
+
+# ---- Settings ------------------------------------------------------------------------------------
+preset=mini
+minutes=${QUICKSTART_MINUTES:-}
+setup_options=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --preset | --minutes)
+            [ $# -ge 2 ] || fail "$1 needs a value" "For example: --preset mini, --minutes 20."
+            if [ "$1" = --preset ]; then preset=$2; else minutes=$2; fi
+            shift
+            ;;
+        --short) minutes=1 ;;
+        --cpu | --gpu) setup_options+=("$1") ;;
+        -h | --help) sed -n '4,8s/^#   //p' quickstart.sh && exit 0 ;;
+        *) fail "unknown option '$1'" "See: bash quickstart.sh --help" ;;
+    esac
+    shift
+done
+case $preset in
+    mini) width=256 && minutes=${minutes:-10} ;;
+    26m) width=512 ;;
+    *) fail "unknown preset '$preset'" "Choose mini or 26m." ;;
+esac
+positive='BEGIN { exit !(m ~ /^[0-9]*[.]?[0-9]+$/ && m > 0) }'
+if [ -n "$minutes" ] && ! awk -v m="$minutes" "$positive"; then
+    fail "'$minutes' is not a number of minutes" "For example: --minutes 10, or --minutes 0.5."
+fi
+
+# ---- Running a stage -----------------------------------------------------------------------------
+title=           # of the stage that runs
+by_hand=         # its command
+table=           # a line per stage: name, seconds, MiB
+
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+header() { # header NUMBER CHINESE ENGLISH
+    title="$1 $2 · $3"
+    printf '\n━━━ %s ━━━ (%s since the start)\n' "$title" "$(clock $((SECONDS - start)))"
+}
+skip() { # skip NAME WHY
+    printf 'Finished before: %s\n' "$2"
+    table+="$1|-|-"$'\n'
+}
+run() { # run NAME COMMAND...: print it, run it, note its time and peak memory
+    local name=$1 begin=$SECONDS status=0
+    shift
+    by_hand="$*"
+    printf '$ %s\n' "$by_hand"
+    if [ "$1" = python ]; then
+        shift
+        set -- "$python" -m benchmarks.peak_memory .venv/peak.txt "$python" "$@"
+    fi
+    rm -f .venv/peak.txt
+    "$@" || status=$?
+    [ "$status" -eq 0 ] || fail "stage $title failed; its last lines above say why" \
+        "By hand:  $by_hand   (after: source .venv/bin/activate)" \
+        "Go on:    $again   (finished stages are skipped)"
+    local peak=-
+    if [ -s .venv/peak.txt ]; then peak=$(<.venv/peak.txt); fi
+    table+="$name|$((SECONDS - begin))|$peak"$'\n'
+    printf '%s: %s\n' "$title" "$(clock $((SECONDS - begin)))"
+}
+# A trainer that is told to stop saves and ends well; without this the next stage would begin.
+trap 'fail "interrupted in stage $title" "Go on: $again   (training resumes from its save)"' INT TERM
+
+# ---- I. Set-up -----------------------------------------------------------------------------------
+header Ⅰ 环境配置 Set-up
+run "Set-up" bash setup.sh ${setup_options[@]+"${setup_options[@]}"}
+printf 'To run the commands below by hand, first: source .venv/bin/activate\n'
+
+# ---- II. Data ------------------------------------------------------------------------------------
+header Ⅱ 数据集 Data
+if [ -s dataset/pretrain_hq.jsonl ] && [ -s dataset/sft_mini_512.jsonl ]; then
+    skip "Data" "the ModelScope files are in dataset/ (python -m dataset.download fetched them)"
+elif [ -s dataset/pretrain_starter.jsonl ] && [ -s dataset/sft_starter.jsonl ] &&
+    [ -s dataset/eval_starter.jsonl ]; then
+    skip "Data" "the starter corpus is in dataset/ (python -m dataset.starter made it)"
+else
+    run "Data" python -m dataset.starter
+fi
+
+# ---- III. Tokenizer ------------------------------------------------------------------------------
+header Ⅲ 分词器 Tokenizer
+if [ -s model/yuanmeng_tokenizer/tokenizer.json ]; then
+    skip "Tokenizer" "model/yuanmeng_tokenizer/ (your own: python train_tokenizer.py)"
+else
+    run "Tokenizer" python train_tokenizer.py
+fi
+
+# ---- IV. Pretraining and supervised fine-tuning --------------------------------------------------
+# out/.done_pretrain_256 holds the minutes it was asked for: a longer wish trains anew.
+finished() { # finished STAGE MINUTES
+    local marker=out/.done_$1_$width
+    [ -s "$marker" ] && [ -s "out/$1_$width.pth" ] &&
+        awk -v had="$(<"$marker")" -v want="$2" 'BEGIN { exit !(had + 0 >= want + 0) }'
+}
+forget() { # forget STAGE: a completed run must not be resumed as if it had been interrupted
+    if [ -e "out/.done_$1_$width" ]; then rm -f "out/.done_$1_$width" "out/$1_$width.resume.pth"; fi
+}
+train() { # train NAME STAGE SHARE: run, or resume, train_STAGE.py with its share of the minutes
+    local name=$1 stage=$2 budget=100000 options=(--preset "$preset")
+    local resume=out/${2}_$width.resume.pth
+    if [ -n "$minutes" ]; then
+        budget=$(awk -v m="$minutes" -v share="$3" 'BEGIN { printf "%.4g", m * share }')
+        options+=(--max_minutes "$budget")
+    fi
+    if finished "$stage" "$budget"; then
+        skip "$name" "out/${stage}_$width.pth"
+        printf 'To train it anew: rm out/.done_%s_%s %s\n' "$stage" "$width" "$resume"
+        return
+    fi
+    forget "$stage"
+    if [ "$stage" = pretrain ]; then forget sft; fi # it must start from these weights
+    if [ -s "$resume" ]; then
+        options+=(--resume)
+        printf 'Resuming an interrupted run (to begin anew: rm %s).\n' "$resume"
+    fi
+    run "$name" python "train_$stage.py" "${options[@]}"
+    printf '%s\n' "$budget" >"out/.done_${stage}_$width"
+}
+header Ⅳ 预训练 Pretraining
+train "Pretraining" pretrain 0.6
+header Ⅳ 监督微调 "Supervised fine-tuning"
+train "Fine-tuning" sft 0.4
+
+# ---- V. Chat -------------------------------------------------------------------------------------
+header Ⅴ 对话 Chat
+ask() { # ask QUESTION...: a conversation of its own for each
+    local question
+    for question in "$@"; do
+        printf '$ echo %s | %s\n' "$question" "$by_hand"
+        printf '%s\n' "$question" |
+            "$python" model_chat.py --preset "$preset" --temperature 0 || return
+    done
+}
+begin=$SECONDS
+by_hand="python model_chat.py --preset $preset --temperature 0"
+ask 你是谁 李白是谁 3加5等于多少 || fail "stage $title failed; its last lines above say why" \
+    "By hand:  $by_hand   (after: source .venv/bin/activate)"
+table+="Chat (three samples)|$((SECONDS - begin))|-"$'\n'
+
+# ---- Summary -------------------------------------------------------------------------------------
+printf '\n%-24s %8s %16s\n' Stage Time "Peak memory"
+while IFS='|' read -r name seconds peak; do
+    [ -n "$name" ] || continue
+    case $seconds in -) seconds="done before" ;; *) seconds=$(clock "$seconds") ;; esac
+    case $peak in -) ;; *) peak="$peak MiB" ;; esac
+    printf '%-22s %12s %14s\n' "$name" "$seconds" "$peak"
+done <<<"$table"
+printf '%-22s %12s\n\n' Total "$(clock $((SECONDS - start)))"
+
+printf 'To chat: source .venv/bin/activate && python model_chat.py --preset %s\n' "$preset"
+if [ -t 0 ] && [ -t 1 ]; then exec "$python" model_chat.py --preset "$preset"; fi

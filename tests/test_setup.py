@@ -1,0 +1,371 @@
+"""setup.sh, quickstart.sh and run_tests.sh, run for real in a copy of the repository's scripts.
+
+Notable: nothing is installed or trained. `PATH` holds only the few tools the scripts may use and a
+stand-in for Python, which notes how it is called and does what the real command would leave behind.
+"""
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["setup.sh", "quickstart.sh", "run_tests.sh", ".ci/run"]
+TOOLS = ["awk", "bash", "cat", "chmod", "cmp", "cp", "cut", "dirname", "flock", "grep", "kill",
+         "mkdir", "mv", "rm", "sed", "sleep", "tail", "uname"]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for Python: notes its arguments, leaves behind what the command would.
+echo "$*" >>"$CALLS"
+case "$*" in
+    -c*'(3, 10)'*) exit "${TOO_OLD:-0}" ;;
+    -c*'print("python'*) echo python3.11 ;;
+    -c*ensurepip*) exit "${NO_VENV:-0}" ;;
+    "-m venv "*)
+        mkdir -p "$3/bin" && cp "$FAKES/python" "$3/bin/python"
+        printf '#!/usr/bin/env bash\\necho deno 2.9.8\\n' >"$3/bin/deno" && chmod +x "$3/bin/deno"
+        ;;
+    "-m pip "*install*)
+        if [ -n "${PIP_FAILS:-}" ]; then echo "$PIP_FAILS" && exit 1; fi
+        ;;
+    "-m benchmarks.peak_memory "*) shift 2 && exec "$REAL_PYTHON" benchmarks/peak_memory.py "$@" ;;
+    "-m dataset.starter")
+        mkdir -p dataset
+        for name in pretrain sft eval; do echo '{}' >"dataset/${name}_starter.jsonl"; done
+        ;;
+    train_*)
+        stage=${1#train_} && stage=${stage%.py}
+        if [ "${DIES_IN:-}" = "$stage" ] && [ -n "${HANGS:-}" ]; then
+            trap 'echo state >out/"$stage"_256.resume.pth; exit 0' INT # saves, ends well
+            echo "step 1" && while true; do sleep 0.1; done
+        fi
+        mkdir -p out && echo state >"out/${stage}_256.resume.pth"
+        if [ "${DIES_IN:-}" = "$stage" ]; then echo "the loss is NaN" >&2 && exit 1; fi
+        echo weights >"out/${stage}_256.pth"
+        ;;
+    model_chat.py*) echo "answer to $(cat)" ;;
+esac
+"""
+
+
+class Sandbox:
+    """A copy of the scripts in a folder with an awkward name, and a PATH of stand-ins."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "缘 梦"
+        self.fakes = folder / "bin"
+        self.calls_file = folder / "calls.txt"
+        self.root.mkdir()
+        self.fakes.mkdir()
+        for name in ["setup.sh", "quickstart.sh", "requirements.txt", "benchmarks/peak_memory.py"]:
+            target = self.root / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        tokenizer = self.root / "model" / "yuanmeng_tokenizer" / "tokenizer.json"
+        tokenizer.parent.mkdir(parents=True)
+        tokenizer.write_text("{}")
+        for tool in TOOLS:
+            if found := shutil.which(tool):
+                (self.fakes / tool).symlink_to(found)
+        self.add_tool("python", FAKE_PYTHON)
+        self.add_tool("python3", FAKE_PYTHON)
+
+    def add_tool(self, name: str, text: str) -> None:
+        (self.fakes / name).write_text(text)
+        (self.fakes / name).chmod(0o755)
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return {"PATH": str(self.fakes), "FAKES": str(self.fakes), "CALLS": str(self.calls_file),
+                "REAL_PYTHON": sys.executable, "LC_ALL": "C.UTF-8", **extra}
+
+    def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess:
+        """Run a script from another folder; `extra` are environment variables."""
+        script, *options = command
+        return subprocess.run(
+            ["bash", str(self.root / script), *options], cwd="/", env=self.environment(**extra),
+            capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )
+
+    def calls(self, *beginnings: str) -> list[str]:
+        """Since the last look, how Python was called with arguments that begin so."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.write_text("")
+        return [line for line in lines if line.startswith(beginnings)]
+
+    def installs(self) -> list[str]:
+        """Since the last look, the arguments of `pip install`."""
+        return [line.split(" install ", 1)[1] for line in self.calls("-m pip ")]
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def ready(sandbox: Sandbox) -> Sandbox:
+    """A sandbox after a finished set-up."""
+    assert sandbox.run("setup.sh", "--cpu").returncode == 0
+    sandbox.calls()
+    return sandbox
+
+
+# -- all scripts -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_parses_and_is_executable(script):
+    assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
+    assert os.access(ROOT / script, os.X_OK)
+    if shellcheck := shutil.which("shellcheck"):
+        found = subprocess.run([shellcheck, ROOT / script], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("command, expected", [
+    (("setup.sh", "--tpu"), "unknown option '--tpu'"),
+    (("setup.sh", "--cpu", "--gpu"), "exclude each other"),
+    (("quickstart.sh", "--fast"), "unknown option '--fast'"),
+    (("quickstart.sh", "--preset", "7b"), "unknown preset '7b'"),
+    (("quickstart.sh", "--preset"), "--preset needs a value"),
+    (("quickstart.sh", "--minutes", "-3"), "not a number of minutes"),
+    (("quickstart.sh", "--minutes", "0"), "not a number of minutes"),
+])
+def test_wrong_options_are_refused_before_anything_is_done(sandbox, command, expected):
+    result = sandbox.run(*command)
+    assert result.returncode != 0 and expected in result.stderr
+    assert not (sandbox.root / ".venv").exists()
+
+
+# -- requirements.txt ------------------------------------------------------------------------------
+
+def requirements() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_every_requirement_is_pinned():
+    for requirement in requirements():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, requirement
+        assert requirement.url is None
+
+
+def test_each_requirement_holds_once_on_every_python():
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        names = [r.name for r in requirements()
+                 if r.marker is None or r.marker.evaluate({"python_version": python})]
+        assert len(names) == len(set(names)) and {"torch", "numpy", "matplotlib"} <= set(names)
+
+
+def test_the_installed_packages_are_the_pinned_ones():
+    for requirement in requirements():
+        if requirement.marker is None or requirement.marker.evaluate():
+            if requirement.name != "torch":  # on a GPU, LMDeploy decides
+                assert requirement.specifier.contains(version(requirement.name)), requirement
+
+
+# -- setup.sh --------------------------------------------------------------------------------------
+
+def test_cpu_profile_installs_lmdeploy_without_its_dependencies(sandbox):
+    result = sandbox.run("setup.sh")  # no nvidia-smi on this PATH
+    assert result.returncode == 0, result.stderr
+    installs = sandbox.installs()
+    assert installs[0].startswith("--no-deps torch==")
+    assert installs[1] == "-r requirements.txt"
+    assert installs[2].startswith("--no-deps lmdeploy==0.18.0") or os.uname().machine != "x86_64"
+
+
+def test_gpu_profile_leaves_torch_to_lmdeploy(sandbox):
+    sandbox.add_tool("nvidia-smi", "#!/usr/bin/env bash\necho GPU 0\n")
+    assert "profile: gpu" in sandbox.run("setup.sh").stdout
+    assert sandbox.installs() == ["lmdeploy==0.18.0 -r .venv/requirements-gpu.txt"]
+    listed = (sandbox.root / ".venv/requirements-gpu.txt").read_text()
+    assert "torch==" not in listed and "transformers==" in listed
+
+
+def test_a_driver_without_a_gpu_is_a_cpu(sandbox):
+    sandbox.add_tool("nvidia-smi", "#!/usr/bin/env bash\nexit 9\n")
+    assert "profile: cpu" in sandbox.run("setup.sh").stdout
+
+
+def test_second_run_installs_nothing_and_keeps_the_forced_profile(sandbox):
+    sandbox.add_tool("nvidia-smi", "#!/usr/bin/env bash\necho GPU 0\n")
+    sandbox.run("setup.sh", "--cpu")
+    sandbox.calls()
+    result = sandbox.run("setup.sh")
+    assert result.returncode == 0
+    assert result.stdout == "Set-up is complete (profile: cpu); nothing to install.\n"
+    assert sandbox.calls("-m ") == []
+
+
+@pytest.mark.parametrize("change", ["requirements", "profile", "python"])
+def test_a_change_sets_up_again(ready, change):
+    options = []
+    if change == "requirements":
+        with open(ready.root / "requirements.txt", "a") as file:
+            file.write("another==1.0\n")
+    elif change == "profile":
+        options = ["--gpu"]
+    else:
+        (ready.root / ".venv/bin/python").unlink()
+        (ready.root / ".venv/bin/python").symlink_to("/nowhere/python3.9")
+    assert ready.run("setup.sh", *options).returncode == 0
+    assert ready.installs()
+
+
+def test_torch_index_is_used_for_torch_alone(sandbox):
+    sandbox.run("setup.sh", "--cpu", TORCH_INDEX_URL="https://torch.example/cpu")
+    first, *others = sandbox.installs()
+    assert first.startswith("--no-deps --index-url https://torch.example/cpu torch==")
+    assert others and not any("torch.example" in install for install in others)
+
+
+@pytest.mark.parametrize("output, advice", [
+    ("OSError: [Errno 28] No space left on device", "The disk is full"),
+    ("Retrying: NewConnectionError: Temporary failure in name resolution", "PIP_INDEX_URL"),
+    ("ERROR: No matching distribution found for torch==2.13.0", "use Python 3.10 to 3.13"),
+    ("something unheard of", "The last lines of the log say why"),
+])
+def test_a_failure_names_step_log_and_remedy_and_the_next_run_goes_on(sandbox, output, advice):
+    result = sandbox.run("setup.sh", "--cpu", PIP_FAILS=output)
+    assert result.returncode == 1
+    assert "failed: PyTorch" in result.stderr and ".venv/setup.log" in result.stderr
+    assert advice in result.stderr and "bash setup.sh" in result.stderr
+    assert output in (sandbox.root / ".venv/setup.log").read_text()
+    sandbox.calls()
+    again = sandbox.run("setup.sh")
+    assert again.returncode == 0 and "nothing to install" not in again.stdout
+    assert len(sandbox.installs()) >= 2
+
+
+def test_no_recent_python_says_how_to_get_one(sandbox):
+    for name in ("python3.12", "python3.13"):  # a pyenv shim for a version that is not there
+        sandbox.add_tool(name, "#!/usr/bin/env bash\necho 'pyenv: not found' >&2; exit 127\n")
+    result = sandbox.run("setup.sh", TOO_OLD="1")
+    assert result.returncode == 1
+    assert "no Python 3.10 or newer was found" in result.stderr and "apt install" in result.stderr
+
+
+def test_missing_venv_module_names_the_package(sandbox):
+    result = sandbox.run("setup.sh", NO_VENV="1")
+    assert result.returncode == 1 and "sudo apt install python3.11-venv" in result.stderr
+
+
+def test_a_second_set_up_waits_for_the_first(ready):
+    with open(ready.root / ".venv/setup.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(["bash", str(ready.root / "setup.sh")], env=ready.environment(),
+                                  stdout=subprocess.PIPE, text=True)
+        assert "waiting" in second.stdout.readline()
+        assert second.poll() is None
+    assert "nothing to install" in second.communicate()[0]
+
+
+# -- quickstart.sh ---------------------------------------------------------------------------------
+
+def trainings(sandbox: Sandbox) -> list[str]:
+    return sandbox.calls("train_")
+
+
+def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
+    result = ready.run("quickstart.sh")
+    assert result.returncode == 0, result.stderr
+    assert ready.calls("-m dataset", "train_", "model_chat") == [
+        "-m dataset.starter",
+        "train_pretrain.py --preset mini --max_minutes 6",
+        "train_sft.py --preset mini --max_minutes 4",
+        *["model_chat.py --preset mini --temperature 0"] * 3,
+    ]
+    assert "$ python train_pretrain.py --preset mini --max_minutes 6" in result.stdout
+    assert "answer to 你是谁" in result.stdout and "Peak memory" in result.stdout
+
+    again = ready.run("quickstart.sh")
+    assert again.returncode == 0
+    assert ready.calls("-m dataset", "train_") == []
+    assert again.stdout.count("Finished before") == 4
+
+
+def test_quickstart_prefers_modelscope_files(ready):
+    (ready.root / "dataset").mkdir()
+    for name in ("pretrain_hq", "sft_mini_512"):
+        (ready.root / f"dataset/{name}.jsonl").write_text("{}\n")
+    assert ready.run("quickstart.sh").returncode == 0
+    assert ready.calls("-m dataset") == []
+
+
+@pytest.mark.parametrize("stage, before", [("pretrain", 0), ("sft", 1)])
+def test_a_failed_stage_stops_and_is_resumed(ready, stage, before):
+    failed = ready.run("quickstart.sh", "--minutes", "20", DIES_IN=stage)
+    assert failed.returncode == 1
+    assert "━━━ Ⅴ" not in failed.stdout
+    assert "failed" in failed.stderr and "bash quickstart.sh --minutes 20" in failed.stderr
+    assert f"python train_{stage}.py" in failed.stderr
+    assert len(trainings(ready)) == before + 1
+    assert ready.run("quickstart.sh", "--minutes", "20").returncode == 0
+    expected = ["train_pretrain.py --preset mini --max_minutes 12",
+                "train_sft.py --preset mini --max_minutes 8"][before:]
+    expected[0] += " --resume"
+    assert trainings(ready) == expected
+
+
+def test_a_trial_run_does_not_pass_for_the_real_one(ready):
+    assert ready.run("quickstart.sh", "--short").returncode == 0
+    assert trainings(ready) == ["train_pretrain.py --preset mini --max_minutes 0.6",
+                                "train_sft.py --preset mini --max_minutes 0.4"]
+    ready.run("quickstart.sh")  # longer: both anew, neither of them resumed
+    assert trainings(ready) == ["train_pretrain.py --preset mini --max_minutes 6",
+                                "train_sft.py --preset mini --max_minutes 4"]
+    ready.run("quickstart.sh", "--short")  # shorter: what is there is better
+    assert trainings(ready) == []
+
+
+def test_what_it_says_about_training_anew_is_true(ready):
+    ready.run("quickstart.sh")
+    trainings(ready)
+    advice = ready.run("quickstart.sh").stdout
+    (command,) = [line for line in advice.splitlines() if "anew: rm" in line and "pretrain" in line]
+    for name in command.split(" rm ")[1].split():
+        (ready.root / name).unlink()
+    ready.run("quickstart.sh")  # and fine-tuning follows, because its start has changed
+    assert trainings(ready) == ["train_pretrain.py --preset mini --max_minutes 6",
+                                "train_sft.py --preset mini --max_minutes 4"]
+
+
+def test_ctrl_c_ends_the_flow_although_the_trainer_ends_well(ready):
+    (ready.root / "out").mkdir()
+    flow = subprocess.Popen(
+        ["bash", str(ready.root / "quickstart.sh")], start_new_session=True, text=True,
+        env=ready.environment(DIES_IN="pretrain", HANGS="1"), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    while "step 1" not in flow.stdout.readline():
+        assert flow.poll() is None
+    os.killpg(flow.pid, signal.SIGINT)
+    _, errors = flow.communicate()
+    assert flow.returncode != 0
+    assert "interrupted" in errors and "bash quickstart.sh" in errors
+    assert not list((ready.root / "out").glob(".done_*"))
+    trainings(ready)
+    assert ready.run("quickstart.sh").returncode == 0
+    assert trainings(ready)[0].endswith("--resume")
+
+
+# -- benchmarks/peak_memory.py ---------------------------------------------------------------------
+
+def test_peak_memory_is_the_commands_and_so_is_the_status(tmp_path):
+    report = tmp_path / "peak.txt"
+
+    def measure(mebibytes: int, status: int) -> float:
+        code = f"import sys; block = b'x' * ({mebibytes} << 20); sys.exit({status})"
+        wrapper = [sys.executable, ROOT / "benchmarks/peak_memory.py", report]
+        assert subprocess.run([*wrapper, sys.executable, "-c", code]).returncode == status
+        return float(report.read_text())
+
+    small, large = measure(1, 3), measure(201, 0)
+    assert 190 < large - small < 210
