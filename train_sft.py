@@ -1,0 +1,48 @@
+"""Stage Ⅳ, second step: supervised fine-tuning. The network that knows language learns to answer.
+
+In:   out/pretrain_512.pth (out/pretrain_256.pth), and dataset/sft_mini_512.jsonl (ModelScope) or
+      dataset/sft_starter.jsonl.
+Out:  out/sft_512.pth (out/sft_256.pth), out/loss_sft.png.
+Next: model_chat.py
+
+The loop is that of pretraining. What differs: the first weights, conversations instead of plain text,
+a loss on the assistant's words only, and smaller learning rates.
+
+    python train_sft.py
+    python train_sft.py --preset mini --max_minutes 4
+    python train_sft.py --resume
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import YuanMengModel
+from training.optimizer import Recipe
+from training.settings import TrainSettings, option
+from training.stage import load_stage_weights, run_stage
+
+
+@dataclass
+class Settings(TrainSettings):
+    """Fine-tuning; what `training/settings.py` says holds where nothing stands here."""
+
+    init: str | None = option(None, "weights to start from; default: out_dir/pretrain_512.pth or _256")
+
+
+RECIPES = {
+    "fast": Recipe(muon=True, learning_rate=0.01, adam_learning_rate=1.5e-3),
+    "reference": Recipe(
+        muon=False, learning_rate=5e-4, adam_learning_rate=5e-4, betas=(0.9, 0.999)
+    ),
+}
+
+
+def load_pretrained(model: YuanMengModel, settings: Settings) -> None:
+    """Start from what pretraining saved."""
+    default = Path(settings.out_dir) / f"pretrain_{model.config.hidden_size}.pth"
+    load_stage_weights(
+        model, Path(settings.init or default), f"python train_pretrain.py --preset {settings.preset}"
+    )
+
+
+if __name__ == "__main__":
+    run_stage("sft", Settings, RECIPES, load_pretrained)

@@ -1,0 +1,48 @@
+"""Held-out loss in bits per byte, which compares runs whatever their tokenizer."""
+import math
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model.model import IGNORED_LABEL
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """UTF-8 bytes that each token id stands for; special tokens stand for none.
+
+    In a byte-level vocabulary every character of a token's name is one byte.
+    """
+    special = set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return torch.tensor([0 if i in special else len(name) for i, name in enumerate(names)])
+
+
+@torch.no_grad()
+def sum_losses(model: torch.nn.Module, x_BT, y_BT, segments_BT, byte_lengths) -> tuple[float, int]:
+    """(nats, bytes) of a batch's targets."""
+    positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
+    h_BTD = model.hidden_states(model.tok_embeddings(x_BT), positions, segments_BT)
+    counted = y_BT != IGNORED_LABEL
+    logits = (h_BTD[counted] @ model.tok_embeddings.weight.t()).float()
+    targets = y_BT[counted]
+    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return nats.item(), int(byte_lengths[targets.cpu()].sum())
+
+
+def bits_per_byte(model, rows, byte_lengths: torch.Tensor, world, max_rows=None, batch_size=8) -> float:
+    """Bits the model needs per byte of held-out target text; NaN without held-out rows.
+
+    Args:
+        rows: a `RowSet`; every process of `world` takes its share.
+        max_rows: only the first so many rows.
+    """
+    device = next(model.parameters()).device
+    total = min(len(rows), max_rows or len(rows))
+    nats, num_bytes = 0.0, 0
+    for start in range(world.rank * batch_size, total, world.size * batch_size):
+        batch = rows.batch(range(start, min(start + batch_size, total)))
+        x, y, segments = (tensor.to(device) for tensor in batch)
+        batch_nats, batch_bytes = sum_losses(model, x, y, segments, byte_lengths)
+        nats, num_bytes = nats + batch_nats, num_bytes + batch_bytes
+    nats, num_bytes = world.sum_numbers(nats, num_bytes)
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -1,0 +1,361 @@
+"""The training loop: pretraining and fine-tuning differ in their rows and first weights, not here.
+
+What is notable: the order of the data is a function of (seed, epoch), so a run resumes from a step
+number alone; the loss is a sum over the whole batch divided by its number of targets, so that any
+number of processes computes the same thing; nothing in a step waits for a GPU.
+"""
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model import YuanMengModel
+from training.attention import block_causal_attention, packed_sdpa_attention
+from training.checkpoint import Saver, keep_previous, load_file, model_weights
+from training.distributed import World
+from training.evaluation import bits_per_byte, token_byte_lengths
+from training.hardware import can_compile, compile_layers, flops_per_token, peak_flops
+from training.loss import chunked_cross_entropy, softmax_gradient
+from training.optimizer import MasterOptimizer, Recipe
+from training.reporting import Reporter
+from training.schedule import reference_cosine, trapezoid
+from training.settings import TrainSettings
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the batch's records."""
+
+
+class Trainer:
+    """One run of one stage.
+
+    Args:
+        settings: with `preset`, `batch_size` and the other defaults filled in (`training.stage`).
+        stage: `pretrain` or `sft`; names the files written.
+        recipe: how weights are updated.
+        model: with its first weights, on its device, in its training dtype.
+        rows: the packed rows (`dataset.rows.PackedRows`).
+        tokenizer: for bits per byte.
+        world: this process among the others.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, stage: str, recipe: Recipe, model: YuanMengModel, rows,
+        tokenizer, world: World,
+    ):
+        self.settings, self.stage, self.recipe, self.world = settings, stage, recipe, world
+        self.model, self.rows = model, rows
+        self.device = next(model.parameters()).device
+        self.byte_lengths = token_byte_lengths(tokenizer)
+        self.optimizer = MasterOptimizer(model, recipe)
+        self.saver = Saver()
+        out_dir = Path(settings.out_dir)
+        self.reporter = Reporter(stage, out_dir, settings, world.is_main)
+        self.weights_path = out_dir / f"{stage}_{model.config.hidden_size}.pth"
+        self.resume_path = self.weights_path.with_suffix(".resume.pth")
+
+        self.batch_size = min(settings.batch_size, len(rows.train))
+        if self.batch_size % world.size:
+            raise ValueError(
+                f"a batch of {self.batch_size} rows does not divide among {world.size} processes; "
+                f"set --batch_size to a multiple of {world.size}"
+            )
+        self.steps_per_epoch = len(rows.train) // self.batch_size
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        if settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.step = 0  # steps done
+        self.elapsed = 0.0  # seconds trained, all sessions together
+        self.resumed = False
+        on_gpu = self.device.type == "cuda"
+        self.log_every = settings.log_every or (100 if on_gpu else 10)
+        self.check_every = self.log_every if on_gpu else 1  # reading a norm makes a GPU wait
+        self.attend = packed_sdpa_attention if on_gpu else block_causal_attention
+        for layer in model.layers:
+            layer.attention.attend = self.attend
+        self._epoch, self._order = -1, None
+
+    # -- the story -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or to a stop request; weights, resume state and curves are on disk after.
+
+        Raises:
+            NonFiniteLoss, checkpoint.SaveError
+        """
+        settings, world, say = self.settings, self.world, self.reporter.say
+        compiled = self._compile()
+        peak = peak_flops(self.device, next(self.model.parameters()).dtype) * world.size
+        flops = flops_per_token(self.model, settings.row_length)
+        eval_every = settings.eval_every
+        next_eval = eval_every or 0.1  # steps, or a share of the run
+        pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        window_tokens, window_start = 0, time.perf_counter()
+        session_start, elapsed_before = time.perf_counter(), self.elapsed
+        first_step, stopped = self.step, False
+        with stop_requests() as stop:
+            while self.step < self.total_steps:
+                x, y, segments = self._batch(self.step)
+                elapsed = elapsed_before + time.perf_counter() - session_start
+                targets, tokens, wants_stop, self.elapsed = world.sum_numbers(
+                    int((y >= 0).sum()), int((segments > 0).sum()), stop["asked"],
+                    elapsed if world.is_main else 0.0,
+                )
+                progress = self._progress()
+                stopped = wants_stop > 0
+                if stopped or progress >= 1:
+                    break
+                try:
+                    loss = self._forward_backward(x, y, segments, targets)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    if not compiled or self.step > first_step:
+                        raise
+                    say(f"torch.compile failed ({type(error).__name__}); training without it.")
+                    compiled = False
+                    self._use_compiled(False)
+                    continue
+                norm = self._update(progress)
+                pending.append((self.step, loss, norm))
+                self.step += 1
+                window_tokens += tokens
+                if self.step % self.check_every == 0:
+                    self._check(pending)
+                if (self.step - 1) % self.log_every == 0:
+                    self._check(pending)
+                    seconds = time.perf_counter() - window_start
+                    self._log(pending, window_tokens / seconds, flops / peak, first_step, elapsed_before)
+                    pending, window_tokens, window_start = [], 0, time.perf_counter()
+                self.reporter.show_progress(self.step, self._expected_steps())
+                if self.step % settings.save_every == 0:
+                    self._check(pending)
+                    self.save(wait=False)
+                if (self.step if eval_every else self._progress()) >= next_eval:
+                    pause = time.perf_counter()
+                    self._evaluate(settings.eval_rows)
+                    window_start += time.perf_counter() - pause
+                    next_eval += eval_every or 0.1
+            self._check(pending)
+        if pending:
+            seconds = time.perf_counter() - window_start
+            self._log(pending, window_tokens / seconds, flops / peak, first_step, elapsed_before)
+        finished = not stopped
+        if finished:
+            self._evaluate(settings.final_eval_rows)
+        self.save(wait=True, finished=finished)
+        self.reporter.draw()
+        self.reporter.close()
+        if stopped:
+            say(f"Stopped at step {self.step}; everything is saved. Continue with --resume.")
+        else:
+            say(f"Done: {self.step} steps in {self.elapsed / 60:.1f} min; weights in {self.weights_path}")
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _indices(self, step: int) -> list[int]:
+        """Rows of the whole batch of a step: a permutation that depends on seed and epoch only."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.rows.train), generator=generator)
+        start = position * self.batch_size
+        return self._order[start : start + self.batch_size].tolist()
+
+    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This process's share of a step's batch: tokens, targets and segments, each [B, T]."""
+        indices = self._indices(step)[self.world.rank :: self.world.size]
+        batch = self.rows.train.batch(indices)
+        if self.device.type == "cuda":
+            return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in batch)
+        return batch
+
+    def _forward_backward(self, x_BT, y_BT, segments_BT, targets: float) -> torch.Tensor:
+        """Add a batch's gradients; return its loss, this process's share of it."""
+        positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
+        h_BTD = self.model.hidden_states(self.model.tok_embeddings(x_BT), positions, segments_BT)
+        scale = 1.0 / max(1.0, targets)
+        loss = chunked_cross_entropy(
+            h_BTD.flatten(0, 1), self.model.tok_embeddings.weight, y_BT.flatten(), scale,
+            self.softmax_gradient,
+        )
+        (loss / self.settings.accumulation_steps).backward()
+        return loss.detach()
+
+    def _update(self, progress: float) -> torch.Tensor | None:
+        """Update the weights if the accumulation is full; returns the gradient norm then."""
+        self.optimizer.collect_gradients()
+        if (self.step + 1) % self.settings.accumulation_steps:
+            return None
+        self.world.sum_(self.optimizer.gradients_flat)
+        return self.optimizer.step(self._rate(progress))
+
+    def _rate(self, progress: float) -> float:
+        """The learning rate as a factor of its peak."""
+        if self.settings.recipe == "reference":
+            return reference_cosine(progress)
+        return trapezoid(progress, self.step, self.settings.warmup_steps, self.settings.decay_share)
+
+    def _progress(self) -> float:
+        """How much of the run is over, by steps or by the clock, whichever is further."""
+        by_steps = self.step / self.total_steps
+        if self.settings.max_minutes is None:
+            return by_steps
+        return max(by_steps, self.elapsed / 60 / self.settings.max_minutes)
+
+    def _expected_steps(self) -> int:
+        """The length of the run in steps; an estimate if the clock ends it."""
+        progress = self._progress()
+        return max(self.step, min(self.total_steps, round(self.step / progress))) if progress else self.total_steps
+
+    # -- around the steps ----------------------------------------------------------------------
+
+    def _compile(self) -> bool:
+        """Compile the layers if asked to, or if the run is long enough to pay for a minute of it."""
+        settings = self.settings
+        long_enough = self.total_steps >= 200 and (settings.max_minutes or math.inf) >= 3
+        wanted = settings.compile == "yes" or (settings.compile == "auto" and long_enough)
+        if wanted and not can_compile(self.device):
+            self.reporter.say("No C++ compiler found: training without torch.compile, which is slower.")
+            wanted = False
+        self._use_compiled(wanted)
+        return wanted
+
+    def _use_compiled(self, wanted: bool) -> None:
+        compile_layers(self.model, wanted)
+        self.softmax_gradient = softmax_gradient
+        if wanted:
+            self.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
+
+    def _check(self, pending: list) -> None:
+        """Raise if a step since the last log line had a loss or gradient that is not finite.
+
+        The optimizer drops such a gradient by itself, so the weights are still good here.
+        """
+        for step, _, norm in reversed(pending[-self.check_every :]):
+            if norm is not None and not math.isfinite(float(norm)):
+                self.saver.wait()
+                raise NonFiniteLoss(self._describe_batch(step))
+
+    def _describe_batch(self, step: int) -> str:
+        first = step - self.settings.accumulation_steps + 1
+        indices = [i for s in range(first, step + 1) for i in self._indices(s)]
+        lines = sorted({int(self.rows.train.records[i]) for i in indices})
+        kept = f"the last good weights are in {self.weights_path}" if self.weights_path.exists() else (
+            "no weights were saved yet"
+        )
+        return (
+            f"the loss is not finite at step {step}; its batch holds the records around lines "
+            f"{', '.join(map(str, lines))} of {self.rows.meta['data_path']}; {kept}. "
+            "Look at these records, or lower --learning_rate."
+        )
+
+    def _log(self, pending, tokens_per_second, flops_share, first_step, elapsed_before) -> None:
+        """The specification's line, then speed; records every step's loss in the history."""
+        losses = self.world.sum_(torch.stack([loss.float() for _, loss, _ in pending])).tolist()
+        if not self.world.is_main:
+            return
+        step = pending[-1][0]
+        rate = self.recipe.learning_rate * self._rate(min(1.0, step / self._expected_steps()))
+        epoch, position = divmod(step, self.steps_per_epoch)
+        steps_here = min(self.steps_per_epoch, self._expected_steps())
+        seconds_per_step = (self.elapsed - elapsed_before) / (self.step - first_step)
+        remaining = seconds_per_step * max(0, steps_here - position - 1) / 60
+        mfu = tokens_per_second * flops_share
+        for (number, _, _), loss in zip(pending, losses, strict=True):
+            self.reporter.record("loss", number, loss, lr=rate, tokens_per_second=tokens_per_second)
+        self.reporter.say(
+            f"Epoch:[{epoch + 1}/{self.settings.epochs}]({position}/{steps_here}) "
+            f"loss:{losses[-1]:.3f} lr:{rate:.12f} epoch_time:{remaining:.1f}min "
+            f"tokens/s:{tokens_per_second:.0f} mfu:{mfu:.1%}"
+        )
+
+    def _evaluate(self, max_rows: int) -> None:
+        if not len(self.rows.heldout):
+            return
+        with torch.compiler.set_stance("force_eager"):  # another shape would compile again
+            value = bits_per_byte(self.model, self.rows.heldout, self.byte_lengths, self.world, max_rows)
+        if self.world.is_main:
+            self.reporter.record("heldout", self.step, value)
+        self.reporter.say(f"held-out loss at step {self.step}: {value:.4f} bits per byte")
+
+    # -- saving and resuming -------------------------------------------------------------------
+
+    def fingerprint(self) -> dict:
+        """What must not change between a run and its continuation."""
+        names = ("recipe", "learning_rate", "accumulation_steps", "row_length", "dtype", "seed",
+                 "warmup_steps", "decay_share")
+        settings = asdict(self.settings)
+        shape = {key: getattr(self.model.config, key) for key in ("hidden_size", "num_layers", "vocab_size")}
+        return {**{name: settings[name] for name in names}, **shape,
+                "batch_size": self.batch_size, "data and tokenizer": self.rows.path.name}
+
+    def save(self, wait: bool, finished: bool = False) -> None:
+        """Save weights and resume state; in the background unless `wait`."""
+        if self.world.is_main:
+            if not self.resumed:
+                keep_previous(self.weights_path)
+                self.resumed = True
+            state = {
+                "stage": self.stage,
+                "fingerprint": self.fingerprint(),
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "finished": finished,
+                "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "history": self.reporter.history,
+            }
+            self.saver.save({self.resume_path: state, self.weights_path: model_weights(self.model)})
+            if wait:
+                self.saver.wait()
+        if wait:
+            self.world.barrier()
+
+    def resume(self) -> bool:
+        """Continue from the resume state; false if that run had already ended.
+
+        Raises:
+            ValueError: there is no such state, it cannot be read, or a setting that matters changed.
+        """
+        if not self.resume_path.exists():
+            raise ValueError(f"{self.resume_path} does not exist: start the run without --resume")
+        state = load_file(self.resume_path)
+        if state.get("stage") != self.stage or "optimizer" not in state:
+            raise ValueError(f"{self.resume_path}: is no resume state of the {self.stage} stage")
+        ours, saved = self.fingerprint(), state["fingerprint"]
+        changed = [f"{key} was {saved.get(key)!r} and is {ours[key]!r}" for key in ours
+                   if ours[key] != saved.get(key)]
+        if changed:
+            raise ValueError(
+                f"{self.resume_path}: cannot continue, because {'; '.join(changed)}. "
+                "Set it back, or start anew without --resume."
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.reporter.history = state["history"]
+        self.resumed = True
+        self.reporter.say(f"Resuming {self.resume_path} at step {self.step}.")
+        return not (state["finished"] and self._progress() >= 1)
+
+
+@contextmanager
+def stop_requests():
+    """Turn Ctrl-C and SIGTERM into a request that is read between steps; a second Ctrl-C interrupts."""
+    request = {"asked": 0}
+
+    def ask(signum, frame):
+        if request["asked"] and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        request["asked"] = 1
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,131 @@
+"""What a stage script does around the loop: prepare the machine, the data and the network, then train."""
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, HfArgumentParser
+
+from dataset.records import BrokenData, pick_data
+from dataset.rows import prepare_rows
+from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
+from training.checkpoint import SaveError
+from training.distributed import World, join_world
+from training.hardware import choose_device, set_threads
+from training.loop import NonFiniteLoss, Trainer
+from training.optimizer import Recipe
+from training.settings import TrainSettings
+
+# What the user can mend; each message says how. Anything else is a fault of ours and shows its trace.
+USER_ERRORS = (BrokenData, FileNotFoundError, NonFiniteLoss, OSError, SaveError, ValueError)
+
+
+def run_stage(
+    stage: str,
+    settings_class: type[TrainSettings],
+    recipes: dict[str, Recipe],
+    load_weights: Callable[[YuanMengModel, TrainSettings], None] | None = None,
+) -> None:
+    """Parse the command line and train one stage; ends the process with one line if it cannot.
+
+    Args:
+        stage: `pretrain` or `sft`.
+        settings_class: the script's dataclass, its defaults and its options.
+        recipes: by the names that `--recipe` takes.
+        load_weights: gives the fresh network the weights it starts from.
+    """
+    (settings,) = HfArgumentParser(settings_class).parse_args_into_dataclasses()
+    world = join_world()
+    try:
+        train_stage(stage, settings, recipes, load_weights, world)
+    except USER_ERRORS as error:
+        sys.exit(f"train_{stage}.py: {error}" if world.is_main else 1)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; continue from the last save with --resume.")
+    finally:
+        world.close()
+
+
+def train_stage(
+    stage: str,
+    settings: TrainSettings,
+    recipes: dict[str, Recipe],
+    load_weights: Callable[[YuanMengModel, TrainSettings], None] | None,
+    world: World,
+) -> None:
+    """The stage itself, in order; see `run_stage`."""
+    fill_in_defaults(settings, recipes)
+    set_threads(settings.threads, world.local_size)
+    device = choose_device(world.local_rank)
+
+    data = pick_data(stage, settings.data)
+    rows = None
+    if world.is_main:
+        rows = prepare_rows(data, stage, TOKENIZER_DIR, settings.row_length, strict=settings.strict)
+    world.barrier()  # one process builds the rows, the others open them
+    if rows is None:
+        rows = prepare_rows(data, stage, TOKENIZER_DIR, settings.row_length, build=False)
+    if not len(rows.train):
+        raise ValueError(f"{data}: is too small to fill one row of {settings.row_length} tokens")
+
+    torch.manual_seed(settings.seed)
+    model = YuanMengModel(preset_config(settings.preset))
+    if load_weights is not None:
+        load_weights(model, settings)
+    model.to(device, getattr(torch, settings.dtype))
+
+    recipe = recipes[settings.recipe]
+    recipe.learning_rate = settings.learning_rate
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
+    trainer = Trainer(settings, stage, recipe, model, rows, tokenizer, world)
+    say = trainer.reporter.say
+    millions = model.num_unique_parameters() / 1e6
+    say(f"The total number of parameters in the YuanMeng model is: {millions:.3f} million")
+    say(
+        f"Training on {data}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
+        f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
+    )
+    if settings.resume and not trainer.resume():
+        say(f"This run is complete; its weights are in {trainer.weights_path}.")
+        return
+    trainer.run()
+
+
+def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> None:
+    """Replace every `None` that stands for "the preset's" or "the recipe's"; refuse what cannot be.
+
+    Raises:
+        ValueError: an option has a value it cannot take.
+    """
+    settings.preset = settings.preset or default_preset()
+    if settings.preset not in PRESETS:
+        raise ValueError(f"--preset {settings.preset}: choose one of {', '.join(PRESETS)}")
+    if settings.recipe not in recipes:
+        raise ValueError(f"--recipe {settings.recipe}: choose one of {', '.join(recipes)}")
+    if settings.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {settings.dtype}: choose bfloat16 or float32")
+    if settings.compile not in ("auto", "yes", "no"):
+        raise ValueError(f"--compile {settings.compile}: choose auto, yes or no")
+    reference = settings.recipe == "reference"
+    if settings.learning_rate is None:
+        settings.learning_rate = recipes[settings.recipe].learning_rate
+    if settings.batch_size is None:
+        settings.batch_size = 16 if settings.preset == "mini" and not reference else 32
+    if settings.accumulation_steps is None:
+        settings.accumulation_steps = 8 if reference else 1
+    for name in ("batch_size", "accumulation_steps", "epochs", "row_length", "save_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+
+
+def load_stage_weights(model: YuanMengModel, path: Path, made_by: str) -> None:
+    """Give `model` the weights that an earlier stage saved.
+
+    Raises:
+        FileNotFoundError, ValueError: they are missing, cannot be read, or have another shape.
+    """
+    from model.loading import load_weights  # the chat uses the same
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: run `{made_by}` first")
+    load_weights(model, path)
