@@ -3,8 +3,8 @@
 The data sets are minimind's (gongjy/minimind_dataset, 1.6 GB + 1.2 GB), and the work is done by
 ModelScope's own SDK: it resumes after an interruption, and checks each file's size and SHA-256
 against the hub's listing before the file counts as there. Until then everything stays in
-dataset/.downloads/; a finished file is moved into place in one step. No network? The starter
-corpus is the way: `python -m dataset.starter`.
+dataset/.downloads/modelscope/; a finished file is moved into place in one step. No network? The
+starter corpus is the way: `python -m dataset.starter`.
 
 A mirror or a private hub: set MODELSCOPE_ENDPOINT.
 """
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class DownloadError(Exception):
 def download(settings: DownloadSettings) -> list[Path]:
     """Fetch the files that are not there yet; return the paths of all. Raises `DownloadError`."""
     output_dir = Path(settings.output_dir)
-    partial_dir = output_dir / ".downloads"
+    partial_dir = output_dir / ".downloads" / "modelscope"
     log = logging.getLogger("modelscope_hub")
     log.setLevel(logging.ERROR)  # the SDK reports each attempt; one line from us is clearer
     print(f"Asking ModelScope for {REPOSITORY} …", flush=True)
@@ -77,6 +78,8 @@ def download(settings: DownloadSettings) -> list[Path]:
             print(f"{shown(path)}: {entry.size / 1e6:,.1f} MB")
         paths.append(path)
     shutil.rmtree(partial_dir, ignore_errors=True)
+    with suppress(OSError):  # the folder above goes too, unless the starter corpus uses it
+        partial_dir.parent.rmdir()
     return paths
 
 

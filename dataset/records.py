@@ -51,10 +51,12 @@ def read_records(path: str | Path, kind: str, *, strict: bool = False,
 
 
 def read_numbered(path: str | Path, kind: str, *, strict: bool = False, max_broken: float = 0.01,
-                  on_bytes: Callable[[int], object] | None = None) -> Iterator[tuple[int, dict]]:
+                  on_bytes: Callable[[int], object] | None = None,
+                  on_broken: Callable[[str], object] | None = None) -> Iterator[tuple[int, dict]]:
     """As `read_records`, with the 1-based line number of each record.
 
-    `on_bytes` is called with the number of bytes read since its last call (for a progress bar).
+    `on_bytes` is called with the number of bytes read since its last call (for a progress bar),
+    `on_broken` with "file:line: reason" for each broken line.
     """
     path = Path(path)
     check = {"pretrain": text_fault, "sft": conversation_fault}[kind]
@@ -71,10 +73,13 @@ def read_numbered(path: str | Path, kind: str, *, strict: bool = False, max_brok
                 yield line_number, record
                 continue
             broken += 1
-            if len(faults) < LISTED_FAULTS:
-                faults.append(f"{path}:{line_number}: {fault}")
+            fault = f"{path}:{line_number}: {fault}"
             if strict:
-                raise BrokenData(f"{faults[0]}\nStopped at the first broken line (strict).")
+                raise BrokenData(f"{fault}\nStopped at the first broken line (strict).")
+            if len(faults) < LISTED_FAULTS:
+                faults.append(fault)
+            if on_broken is not None:
+                on_broken(fault)
         if on_bytes is not None:
             on_bytes(num_bytes)
         # Too many already, even if every line still to come were good.

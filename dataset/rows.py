@@ -115,20 +115,18 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
 
     key = cache_key(data_path, tokenizer, kind, row_length)
     folder = cache_dir / f"{data_path.stem}-{kind}-{row_length}-{key}"
-    if folder.is_dir():
-        try:
-            return _open_rows(folder)
-        except (OSError, ValueError, KeyError) as damage:
-            print(f"Row cache {folder} is damaged ({damage}).", file=sys.stderr)
-            if build:
-                print("Building it again.", file=sys.stderr)
-                shutil.rmtree(folder)
-    if not build:
-        raise CacheError(f"No usable row cache for {data_path} in {cache_dir}: "
-                         "the first process has to build it.")
-
-    _build(data_path, kind, tokenizer, row_length, folder, strict)
-    return _open_rows(folder)
+    rows = _open_if_sound(folder)
+    if rows is None:
+        if not build:
+            raise CacheError(f"No usable row cache for {data_path} in {cache_dir}: "
+                             "the first process has to build it.")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        _build(data_path, kind, tokenizer, row_length, folder, strict)
+        rows = _open_rows(folder)
+    elif strict and rows.meta["broken"]:  # the cache was made without strict: name the line
+        for _ in read_numbered(data_path, kind, strict=True):
+            pass
+    return rows
 
 
 def cache_key(data_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str,
@@ -291,14 +289,19 @@ def _write_rows(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, 
                 folder: Path, strict: bool) -> dict:
     """Tokenise and pack all records into arrays in `folder`; return the cache's meta data."""
     packer = {"pretrain": StreamPacker, "sft": BestFitPacker}[kind]
-    counts = {"records": 0, "heldout_records": 0, "heldout_repeats": 0,
+    counts = {"records": 0, "broken": 0, "heldout_records": 0, "heldout_repeats": 0,
               "shortened": 0, "dropped": 0}
+
+    def count_broken(fault: str) -> None:
+        counts["broken"] += 1
+
     heldout_hashes: set[bytes] = set()
     with packer(folder, "train", row_length) as train, \
             packer(folder, "heldout", row_length) as heldout, \
             tqdm(total=data_path.stat().st_size, unit="B", unit_scale=True,
                  desc=f"Tokenising {data_path.name}") as progress:
-        numbered = read_numbered(data_path, kind, strict=strict, on_bytes=progress.update)
+        numbered = read_numbered(data_path, kind, strict=strict, on_bytes=progress.update,
+                                 on_broken=count_broken)
         documents = {"pretrain": _documents, "sft": _conversations}[kind]
         for document in documents(numbered, TextEncoder(tokenizer), row_length, counts):
             counts["records"] += 1
@@ -541,6 +544,18 @@ class BestFitPacker(RowWriter):
 
 
 # ---- The cache folder ---------------------------------------------------------------------------
+
+def _open_if_sound(folder: Path) -> PackedRows | None:
+    """Open a cache; if there is none, or it is damaged (then say so), return None."""
+    if not folder.is_dir():
+        return None
+    try:
+        return _open_rows(folder)
+    except (OSError, ValueError, KeyError) as damage:
+        print(f"The row cache {folder} is damaged ({damage}); it has to be built again.",
+              file=sys.stderr)
+        return None
+
 
 def _open_rows(folder: Path) -> PackedRows:
     """Memory-map a finished cache; raise ValueError, KeyError or OSError if it is damaged."""

@@ -113,8 +113,11 @@ def test_both_files_arrive_and_a_second_run_fetches_nothing(hub, settings, capsy
     assert contents(settings.output_dir) == wanted, "no partial files or lock files stay"
     assert len(hub.ranges) == 2
 
+    others = Path(settings.output_dir) / ".downloads" / "starter.zip"
+    others.parent.mkdir()
+    others.touch()
     download(settings)
-    assert len(hub.ranges) == 2
+    assert len(hub.ranges) == 2 and others.exists()
     assert capsys.readouterr().out.count("complete already") == 2
 
 

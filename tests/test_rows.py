@@ -383,7 +383,10 @@ def test_two_builders_of_the_same_rows_agree(data, tokenizer_dir, tmp_path, monk
 def test_broken_lines_are_left_out_or_stop(data, tokenizer_dir, tmp_path):
     lines = data.read_text(encoding="utf-8") * 4 + "{broken\n"
     data.write_text(lines, encoding="utf-8")
-    assert open_or_build(data, tokenizer_dir, tmp_path).meta["records"] == 200
+    meta = open_or_build(data, tokenizer_dir, tmp_path).meta
+    assert meta["records"] == 200 and meta["broken"] == 1
+    with pytest.raises(BrokenData, match=r"data.jsonl:201: bad JSON"):  # though a cache exists
+        open_or_build(data, tokenizer_dir, tmp_path, strict=True)
     data.write_text(lines + "\n\n", encoding="utf-8")
     with pytest.raises(BrokenData, match="3 of 203 lines are broken"):
         open_or_build(data, tokenizer_dir, tmp_path)
