@@ -70,13 +70,14 @@ class Trainer:
             self.total_steps = min(self.total_steps, settings.max_steps)
         self.step = 0  # steps done
         self.elapsed = 0.0  # seconds trained, all sessions together
-        self.resumed = False
+        self.resumed = self.stopped = False
+        # (step, loss, gradient norm) since the last log line; on a GPU they are not read before it
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         on_gpu = self.device.type == "cuda"
         self.log_every = settings.log_every or (100 if on_gpu else 10)
-        self.check_every = self.log_every if on_gpu else 1  # reading a norm makes a GPU wait
-        self.attend = packed_sdpa_attention if on_gpu else block_causal_attention
+        self.check_every = self.log_every if on_gpu else 1
         for layer in model.layers:
-            layer.attention.attend = self.attend
+            layer.attention.attend = packed_sdpa_attention if on_gpu else block_causal_attention
         self._epoch, self._order = -1, None
 
     # -- the story -----------------------------------------------------------------------------
@@ -87,71 +88,51 @@ class Trainer:
         Raises:
             NonFiniteLoss, checkpoint.SaveError
         """
-        settings, world, say = self.settings, self.world, self.reporter.say
-        compiled = self._compile()
-        peak = peak_flops(self.device, next(self.model.parameters()).dtype) * world.size
-        flops = flops_per_token(self.model, settings.row_length)
-        eval_every = settings.eval_every
-        next_eval = eval_every or 0.1  # steps, or a share of the run
-        pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
-        window_tokens, window_start = 0, time.perf_counter()
         session_start, elapsed_before = time.perf_counter(), self.elapsed
-        first_step, stopped = self.step, False
+        self._prepare_speed()
+        self.meter = Meter()
+        self.next_eval = self._eval_interval() + (self._eval_position() if self.step else 0)
         with stop_requests() as stop:
             while self.step < self.total_steps:
-                x, y, segments = self._batch(self.step)
+                batch = self._batch(self.step)
                 elapsed = elapsed_before + time.perf_counter() - session_start
-                targets, tokens, wants_stop, self.elapsed = world.sum_numbers(
-                    int((y >= 0).sum()), int((segments > 0).sum()), stop["asked"],
-                    elapsed if world.is_main else 0.0,
-                )
-                progress = self._progress()
-                stopped = wants_stop > 0
-                if stopped or progress >= 1:
+                targets = self._agree(batch, elapsed, stop)
+                if self.stopped or self._progress() >= 1:
                     break
-                try:
-                    loss = self._forward_backward(x, y, segments, targets)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    if not compiled or self.step > first_step:
-                        raise
-                    say(f"torch.compile failed ({type(error).__name__}); training without it.")
-                    compiled = False
-                    self._use_compiled(False)
-                    continue
-                norm = self._update(progress)
-                pending.append((self.step, loss, norm))
+                loss = self._forward_backward(*batch, targets)
+                norm = self._update()
+                self.pending.append((self.step, loss, norm))
                 self.step += 1
-                window_tokens += tokens
-                if self.step % self.check_every == 0:
-                    self._check(pending)
-                if (self.step - 1) % self.log_every == 0:
-                    self._check(pending)
-                    seconds = time.perf_counter() - window_start
-                    self._log(pending, window_tokens / seconds, flops / peak, first_step, elapsed_before)
-                    pending, window_tokens, window_start = [], 0, time.perf_counter()
-                self.reporter.show_progress(self.step, self._expected_steps())
-                if self.step % settings.save_every == 0:
-                    self._check(pending)
-                    self.save(wait=False)
-                if (self.step if eval_every else self._progress()) >= next_eval:
-                    pause = time.perf_counter()
-                    self._evaluate(settings.eval_rows)
-                    window_start += time.perf_counter() - pause
-                    next_eval += eval_every or 0.1
-            self._check(pending)
-        if pending:
-            seconds = time.perf_counter() - window_start
-            self._log(pending, window_tokens / seconds, flops / peak, first_step, elapsed_before)
-        finished = not stopped
-        if finished:
-            self._evaluate(settings.final_eval_rows)
-        self.save(wait=True, finished=finished)
+                self._after_step()
+        self._log()
+        if not self.stopped:
+            self._evaluate(self.settings.final_eval_rows)
+        self.save(wait=True, finished=not self.stopped)
         self.reporter.draw()
         self.reporter.close()
-        if stopped:
-            say(f"Stopped at step {self.step}; everything is saved. Continue with --resume.")
+        if self.stopped:
+            self.reporter.say(
+                f"Stopped at step {self.step}; everything is saved. Continue with --resume."
+            )
         else:
-            say(f"Done: {self.step} steps in {self.elapsed / 60:.1f} min; weights in {self.weights_path}")
+            self.reporter.say(
+                f"Done: {self.step} steps in {self.elapsed / 60:.1f} min; "
+                f"weights in {self.weights_path}"
+            )
+
+    def _after_step(self) -> None:
+        """What is due between two steps: checks, a log line, a save, a held-out loss."""
+        if self.step % self.check_every == 0:
+            self._check()
+        if (self.step - 1) % self.log_every == 0:
+            self._log()
+        self.reporter.show_progress(self.step, self._expected_steps())
+        if self.step % self.settings.save_every == 0:
+            self.save(wait=False)
+        if self._eval_position() >= self.next_eval:
+            with self.meter.pause():
+                self._evaluate(self.settings.eval_rows)
+            self.next_eval += self._eval_interval()
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -173,6 +154,20 @@ class Trainer:
             return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in batch)
         return batch
 
+    def _agree(self, batch, elapsed: float, stop: dict) -> float:
+        """Share with all processes what must be the same in each: whether to stop, and the time.
+
+        Returns the number of targets in the whole batch.
+        """
+        _, y, segments = batch
+        targets, tokens, wants_stop, self.elapsed = self.world.sum_numbers(
+            int((y >= 0).sum()), int((segments > 0).sum()), stop["asked"],
+            elapsed if self.world.is_main else 0.0,
+        )
+        self.stopped = wants_stop > 0
+        self.meter.count(tokens)
+        return targets
+
     def _forward_backward(self, x_BT, y_BT, segments_BT, targets: float) -> torch.Tensor:
         """Add a batch's gradients; return its loss, this process's share of it."""
         positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
@@ -185,13 +180,13 @@ class Trainer:
         (loss / self.settings.accumulation_steps).backward()
         return loss.detach()
 
-    def _update(self, progress: float) -> torch.Tensor | None:
+    def _update(self) -> torch.Tensor | None:
         """Update the weights if the accumulation is full; returns the gradient norm then."""
         self.optimizer.collect_gradients()
         if (self.step + 1) % self.settings.accumulation_steps:
             return None
         self.world.sum_(self.optimizer.gradients_flat)
-        return self.optimizer.step(self._rate(progress))
+        return self.optimizer.step(self._rate(self._progress()))
 
     def _rate(self, progress: float) -> float:
         """The learning rate as a factor of its peak."""
@@ -213,16 +208,25 @@ class Trainer:
 
     # -- around the steps ----------------------------------------------------------------------
 
-    def _compile(self) -> bool:
-        """Compile the layers if asked to, or if the run is long enough to pay for a minute of it."""
+    def _prepare_speed(self) -> None:
+        """Measure the machine's ceiling; compile if the run is long enough to pay for a minute of it."""
+        dtype = next(self.model.parameters()).dtype
+        peak = peak_flops(self.device, dtype) * self.world.size
+        self.flops_share = flops_per_token(self.model, self.settings.row_length) / peak
         settings = self.settings
         long_enough = self.total_steps >= 200 and (settings.max_minutes or math.inf) >= 3
         wanted = settings.compile == "yes" or (settings.compile == "auto" and long_enough)
         if wanted and not can_compile(self.device):
-            self.reporter.say("No C++ compiler found: training without torch.compile, which is slower.")
+            self.reporter.say("No C++ compiler found: training without torch.compile, slower.")
             wanted = False
         self._use_compiled(wanted)
-        return wanted
+        if wanted:
+            try:
+                self._forward_backward(*self._batch(self.step), targets=1)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self.reporter.say(f"torch.compile failed ({type(error).__name__}): training without it.")
+                self._use_compiled(False)
+            self.model.zero_grad(set_to_none=True)  # a rehearsal: nothing is learnt from it
 
     def _use_compiled(self, wanted: bool) -> None:
         compile_layers(self.model, wanted)
@@ -230,12 +234,19 @@ class Trainer:
         if wanted:
             self.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
 
-    def _check(self, pending: list) -> None:
-        """Raise if a step since the last log line had a loss or gradient that is not finite.
+    def _eval_interval(self) -> float:
+        return self.settings.eval_every or 0.1
+
+    def _eval_position(self) -> float:
+        """Where the run stands, in the unit of `_eval_interval`: steps, or a share of the run."""
+        return self.step if self.settings.eval_every else self._progress()
+
+    def _check(self) -> None:
+        """Raise if a step since the last check had a gradient that is not finite.
 
         The optimizer drops such a gradient by itself, so the weights are still good here.
         """
-        for step, _, norm in reversed(pending[-self.check_every :]):
+        for step, _, norm in self.pending[-self.check_every :]:
             if norm is not None and not math.isfinite(float(norm)):
                 self.saver.wait()
                 raise NonFiniteLoss(self._describe_batch(step))
@@ -253,24 +264,25 @@ class Trainer:
             "Look at these records, or lower --learning_rate."
         )
 
-    def _log(self, pending, tokens_per_second, flops_share, first_step, elapsed_before) -> None:
-        """The specification's line, then speed; records every step's loss in the history."""
-        losses = self.world.sum_(torch.stack([loss.float() for _, loss, _ in pending])).tolist()
-        if not self.world.is_main:
+    def _log(self) -> None:
+        """The specification's line, then speed; every step's loss goes into the history."""
+        if not self.pending:
             return
-        step = pending[-1][0]
-        rate = self.recipe.learning_rate * self._rate(min(1.0, step / self._expected_steps()))
-        epoch, position = divmod(step, self.steps_per_epoch)
-        steps_here = min(self.steps_per_epoch, self._expected_steps())
-        seconds_per_step = (self.elapsed - elapsed_before) / (self.step - first_step)
-        remaining = seconds_per_step * max(0, steps_here - position - 1) / 60
-        mfu = tokens_per_second * flops_share
-        for (number, _, _), loss in zip(pending, losses, strict=True):
-            self.reporter.record("loss", number, loss, lr=rate, tokens_per_second=tokens_per_second)
+        self._check()
+        losses = self.world.sum_(torch.stack([loss.float() for _, loss, _ in self.pending])).tolist()
+        steps, self.pending = [step for step, _, _ in self.pending], []
+        speed, seconds_per_step = self.meter.read(len(steps))
+        rate = self.recipe.learning_rate * self._rate(steps[-1] / self._expected_steps())
+        epoch, position = divmod(steps[-1], self.steps_per_epoch)
+        epoch_steps = min(self.steps_per_epoch, self._expected_steps())
+        remaining = seconds_per_step * max(0, epoch_steps - position - 1) / 60
+        if self.world.is_main:
+            for step, loss in zip(steps, losses, strict=True):
+                self.reporter.record("loss", step, loss, lr=rate, tokens_per_second=speed)
         self.reporter.say(
-            f"Epoch:[{epoch + 1}/{self.settings.epochs}]({position}/{steps_here}) "
+            f"Epoch:[{epoch + 1}/{self.settings.epochs}]({position}/{epoch_steps}) "
             f"loss:{losses[-1]:.3f} lr:{rate:.12f} epoch_time:{remaining:.1f}min "
-            f"tokens/s:{tokens_per_second:.0f} mfu:{mfu:.1%}"
+            f"tokens/s:{speed:.0f} mfu:{speed * self.flops_share:.1%}"
         )
 
     def _evaluate(self, max_rows: int) -> None:
@@ -295,6 +307,7 @@ class Trainer:
 
     def save(self, wait: bool, finished: bool = False) -> None:
         """Save weights and resume state; in the background unless `wait`."""
+        self._check()
         if self.world.is_main:
             if not self.resumed:
                 keep_previous(self.weights_path)
@@ -341,6 +354,29 @@ class Trainer:
         self.resumed = True
         self.reporter.say(f"Resuming {self.resume_path} at step {self.step}.")
         return not (state["finished"] and self._progress() >= 1)
+
+
+class Meter:
+    """Tokens and seconds since it was last read, pauses left out."""
+
+    def __init__(self):
+        self.tokens, self.start = 0.0, time.perf_counter()
+
+    def count(self, tokens: float) -> None:
+        self.tokens += tokens
+
+    @contextmanager
+    def pause(self):
+        paused = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - paused
+
+    def read(self, steps: int) -> tuple[float, float]:
+        """(tokens per second, seconds per step) since the last reading."""
+        seconds = time.perf_counter() - self.start
+        speed = self.tokens / seconds
+        self.__init__()
+        return speed, seconds / steps
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from dataset.records import BrokenData, pick_data
 from dataset.rows import prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
+from model.loading import load_model
 from training.checkpoint import SaveError
 from training.distributed import World, join_world
 from training.hardware import choose_device, set_threads
@@ -124,8 +125,12 @@ def load_stage_weights(model: YuanMengModel, path: Path, made_by: str) -> None:
     Raises:
         FileNotFoundError, ValueError: they are missing, cannot be read, or have another shape.
     """
-    from model.loading import load_weights  # the chat uses the same
-
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: run `{made_by}` first")
-    load_weights(model, path)
+    loaded, _ = load_model(path)
+    if loaded.config.hidden_size != model.config.hidden_size:
+        raise ValueError(
+            f"{path} is {loaded.config.hidden_size} wide and the preset asks for "
+            f"{model.config.hidden_size}: choose the --preset it was trained with"
+        )
+    model.load_state_dict(loaded.state_dict())
