@@ -1,4 +1,4 @@
-"""From logits to text: the sampling loop behind the chat, and a decoder that streams whole characters.
+"""From logits to text: the sampling loop behind the chat, and a stream of whole characters.
 
 `transformers.generate` does the same and much more; this loop is what is left when one sequence is
 generated token by token, short enough to read and to make fast.

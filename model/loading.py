@@ -184,8 +184,8 @@ def load_tokenizer(path: str | Path, default: str | Path) -> PreTrainedTokenizer
     Raises:
         FileNotFoundError: neither is there.
     """
-    folder = next((f for f in (Path(path), Path(default)) if (f / "tokenizer.json").is_file()), None)
-    if folder is None:
+    folder = Path(path) if (Path(path) / "tokenizer.json").is_file() else Path(default)
+    if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
             f"no tokenizer in {default}; make one with `python train_tokenizer.py`"
         )

@@ -1,4 +1,4 @@
-"""The network against an independent one: transformers' Llama with the same weights under its names."""
+"""The network against an independent one: transformers' Llama with the same weights, renamed."""
 import json
 
 import pytest
