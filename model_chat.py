@@ -220,7 +220,7 @@ def talk(chat: Chat) -> None:
 
 
 def note(text: str) -> None:
-    """Say something that is not part of the conversation: on stderr, so that stdout can be piped."""
+    """Say what is not part of the conversation: on stderr, so that stdout can be piped."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
