@@ -115,7 +115,8 @@ def read_only(data: Path) -> int:
 
 
 def make_rows(data: Path, tokenizer_dir: str, row_length: int) -> int:
-    rows = prepare_rows(data, "pretrain", tokenizer_dir, row_length, cache_dir=data.parent / "cache")
+    rows = prepare_rows(data, "pretrain", tokenizer_dir, row_length,
+                        cache_dir=data.parent / "cache")
     return rows.train.num_tokens + rows.heldout.num_tokens
 
 

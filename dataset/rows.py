@@ -181,13 +181,15 @@ class TextEncoder:
     def conversations(self, batch: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
         """(ids, loss) of each conversation, as `encode_conversation` describes."""
         pieces = [_pieces(messages, self.tokenizer) for messages in batch]
-        texts = [piece for piece, _ in itertools.chain(*pieces) if isinstance(piece, str)]
-        encoded = iter(self.texts(texts))
+        # Most pieces are the template's ("assistant\n"): each text of the batch is encoded once.
+        texts = list(dict.fromkeys(
+            piece for piece, _ in itertools.chain(*pieces) if isinstance(piece, str)))
+        encoded = dict(zip(texts, self.texts(texts)))
         rendered = []
         for conversation in pieces:
             ids, loss = [], []
             for piece, learnt in conversation:
-                piece_ids = next(encoded) if isinstance(piece, str) else [piece]
+                piece_ids = encoded[piece] if isinstance(piece, str) else [piece]
                 ids += piece_ids
                 loss += [learnt] * len(piece_ids)
             rendered.append((ids, loss))
@@ -208,9 +210,8 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
     "assistant\\n" is already tokens before the first character of the answer exists.
     """
     pieces: list[tuple[str | int, int]] = []
-    text = ""
-    skeleton = _skeleton(tokenizer, tuple(message["role"] for message in messages))
-    for part in skeleton:
+    text, eos = "", tokenizer.eos_token_id
+    for part in _skeleton(tokenizer, tuple(message["role"] for message in messages)):
         if isinstance(part, str):
             text += part
         elif part >= 0:  # the content of a message
@@ -222,8 +223,7 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
                 text += message["content"]
         else:  # a special token, stored as -1 - id
             token = -1 - part
-            ends_answer = (token == tokenizer.eos_token_id and text == ""
-                           and bool(pieces) and pieces[-1][1] == 1)
+            ends_answer = token == eos and text == "" and bool(pieces) and pieces[-1][1] == 1
             pieces += [(text, 0), (token, int(ends_answer))]
             text = ""
     pieces.append((text, 0))
@@ -246,7 +246,8 @@ def _skeleton(tokenizer: PreTrainedTokenizerFast, roles: tuple[str, ...]) -> lis
     parts = [part for part in re.split(f"(\ue000[0-9]+\ue001|{cut})", rendered) if part]
     skeleton = [special[part] if part in special
                 else int(part[1:-1]) if part[0] == "\ue000" else part for part in parts]
-    if [part for part in skeleton if isinstance(part, int) and part >= 0] != list(range(len(roles))):
+    written = [part for part in skeleton if isinstance(part, int) and part >= 0]
+    if written != list(range(len(roles))):
         raise ValueError("The chat template does not write every message once and in order: "
                          f"cannot tell which tokens the assistant said (roles {', '.join(roles)})")
     return skeleton
@@ -320,8 +321,9 @@ def _write_rows(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, 
                          f"{counts['dropped']} of them longer than a row of {row_length}.")
     if counts["shortened"] or counts["dropped"]:
         print(f"{data_path}: of {counts['records'] + counts['dropped']:,} conversations, "
-              f"{counts['shortened']:,} were longer than a row of {row_length} and keep their first "
-              f"turns; {counts['dropped']:,} were left out because their first answer does not fit.",
+              f"{counts['shortened']:,} were longer than a row of {row_length} and keep their "
+              f"first turns; {counts['dropped']:,} were left out because their first answer does "
+              "not fit.",
               file=sys.stderr)
     return {
         "format": FORMAT_VERSION, "data_path": str(data_path.resolve()),
@@ -570,7 +572,8 @@ def _open_rows(folder: Path) -> PackedRows:
             expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
             if path.stat().st_size != expected:
                 raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {expected}")
-            arrays[name] = np.memmap(path, dtype, "r", shape=shape) if rows else np.empty(shape, dtype)
+            arrays[name] = (np.memmap(path, dtype, "r", shape=shape) if rows
+                            else np.empty(shape, dtype))  # an empty file cannot be mapped
         sides[side] = RowSet(**arrays, num_tokens=meta[side]["tokens"],
                              target_bytes=meta[side]["target_bytes"])
     return PackedRows(sides["train"], sides["heldout"], meta, folder)

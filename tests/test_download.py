@@ -1,4 +1,4 @@
-"""The ModelScope download, against a stand-in hub on this machine that speaks the SDK's protocol."""
+"""The ModelScope download, against a stand-in hub on loopback that speaks the SDK's protocol."""
 import hashlib
 import json
 import threading
