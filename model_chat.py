@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from model import MINI_DIR, PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset
-from model.conversation import encode_conversation, encode_text, fit_conversation
+from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
 from model.loading import load_model, load_tokenizer
 
