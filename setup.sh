@@ -107,7 +107,7 @@ stop_ticker() {
 trap stop_ticker EXIT
 trap 'printf "\nInterrupted. Run again to continue: bash setup.sh\n" >&2; exit 130' INT TERM
 
-pip_news='s/^ *((Collecting|Downloading|Building|Installing) [^ ]+( \([^)]*\))?).*/\1/p'
+pip_news='s/^ *((Collecting|Downloading|Building) [^ ]+( \([^)]*\))?|Installing).*/\1/p'
 watch_step() { # watch_step TITLE LOG: redraw the line each second with what pip is doing
     local seconds=0 doing
     while sleep 1; do
