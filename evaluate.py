@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from model import TOKENIZER_DIR, YuanMengModel
-from model.loading import choose_weights, load_model
+from model.loading import find_weights, load_model, load_tokenizer
 from training.files import atomic_write
 from training.settings import option
 
@@ -187,11 +187,11 @@ def rate_columns(right: int, total: int) -> tuple[str, str, str]:
 def main() -> None:
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     try:
-        path = choose_weights(settings.model)
+        path = find_weights("sft", settings.model)
         model, name = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
+    tokenizer = load_tokenizer(path, TOKENIZER_DIR)
     rows, chats = measure(model, tokenizer, read_tasks(settings), settings)
 
     header = ("task", "items", "score", "95 % interval", "chance")

@@ -15,17 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from model import MINI_DIR, PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset
+from model import MINI_DIR, TOKENIZER_DIR, YuanMengModel
 from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
-from model.loading import load_model, load_tokenizer
+from model.loading import choose_dtype, find_weights, load_model, load_tokenizer
 
 
 @dataclass
@@ -49,7 +48,6 @@ class Settings:
 
 
 HELP = "/clear forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer."
-OUT = Path("out")
 
 
 class Chat:
@@ -140,51 +138,6 @@ class Chat:
                 f"the next {count} at {count / rest:.1f} tokens/s")
 
 
-def find_weights(settings: Settings) -> Path:
-    """The weights that the settings ask for, or else the best there are.
-
-    Raises:
-        FileNotFoundError: there are none; the message names the command that makes them.
-    """
-    stage, script = ("sft", "train_sft.py") if settings.mode else ("pretrain", "train_pretrain.py")
-    if settings.model is not None:
-        path = Path(settings.model)
-        if path.exists():
-            return path
-        for stage_name in ("pretrain", "sft"):
-            if path.name.startswith(stage_name):
-                script = f"train_{stage_name}.py"
-        raise FileNotFoundError(f"there is no {path}; `python {script}` trains weights into {OUT}/")
-    preset = settings.preset or default_preset()
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    wanted = OUT / f"{stage}_{PRESETS[preset]['hidden_size']}.pth"
-    if wanted.exists():
-        return wanted
-    others = sorted(OUT.glob(f"{stage}_*.pth"), key=lambda path: path.stat().st_mtime)
-    if others and settings.preset is None:
-        return others[-1]
-    if settings.mode == 1 and settings.preset is None and MINI_DIR.is_dir():
-        note(f"no {wanted} yet (`python train_sft.py` makes it); using the shipped model instead")
-        return MINI_DIR
-    raise FileNotFoundError(
-        f"there is no {wanted}; `python {script} --preset {preset}` makes it"
-    )
-
-
-def choose_dtype(name: str, device: str) -> torch.dtype:
-    """`auto`: bfloat16 where it is computed in hardware (a decode step of `26m` is 1.7 times as
-    fast as in float32 on 2 cores with AVX-512 BF16), else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        abilities = torch.cpu.get_capabilities()
-        fast = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
-
-
 def talk(chat: Chat) -> None:
     """Read questions and print answers until the input ends."""
     interactive = sys.stdin.isatty()
@@ -231,7 +184,11 @@ def main() -> None:
         import readline  # noqa: F401  (gives input() a history and line editing)
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     try:
-        path = find_weights(settings)
+        stage = "sft" if settings.mode else "pretrain"
+        path = find_weights(stage, settings.model, settings.preset)
+        if path == MINI_DIR and settings.model is None:
+            note("no fine-tuned weights in out/ yet (`python train_sft.py` makes them); "
+                 "using the shipped model instead")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = choose_dtype(settings.dtype, device)
         model, name = load_model(path, dtype=dtype, device=device)

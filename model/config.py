@@ -1,9 +1,13 @@
 """The shape of a YuanMeng model. Fields carry transformers' names, so that every tool can read them."""
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+TOKENIZER_DIR = Path(__file__).parent / "yuanmeng_tokenizer"
+MINI_DIR = Path(__file__).parent / "yuanmeng-mini-instruct"  # a small trained model
 
 PRESETS = {
     "26m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),

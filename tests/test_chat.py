@@ -19,8 +19,9 @@ from dataset.rows import encode_conversation as encode_for_training
 from model import TOKENIZER_DIR, YuanMengConfig, YuanMengModel, preset_config
 from model.conversation import encode_conversation, encode_text, fit_conversation
 from model.generation import TextStream, generate_tokens, sample
-from model.loading import WeightsError, load_model, load_tokenizer, load_weights
-from model_chat import Chat, Settings, find_weights
+from model import loading
+from model.loading import WeightsError, find_weights, load_model, load_tokenizer, load_weights
+from model_chat import Chat, Settings
 
 SCRIPT = Path(model_chat.__file__)
 TOKENIZER = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_DIR)
@@ -446,42 +447,40 @@ def test_missing_pth(tmp_path):
         load_weights(tmp_path / "none.pth")
 
 
-def test_which_weights_are_used(tmp_path, monkeypatch, capsys):
+def test_which_weights_are_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_chat, "default_preset", lambda: "mini")
+    monkeypatch.setattr(loading, "default_preset", lambda: "mini")
     shipped = tmp_path / "shipped"
-    monkeypatch.setattr(model_chat, "MINI_DIR", shipped)
+    monkeypatch.setattr(loading, "MINI_DIR", shipped)
     with pytest.raises(FileNotFoundError, match="sft_256.pth; `python train_sft.py"):
-        find_weights(Settings())
+        find_weights("sft")
     with pytest.raises(FileNotFoundError, match="pretrain_256.pth; `python train_pretrain.py"):
-        find_weights(Settings(mode=0))
+        find_weights("pretrain")
     with pytest.raises(FileNotFoundError, match="sft_512.pth; `python train_sft.py --preset 26m`"):
-        find_weights(Settings(preset="26m"))
+        find_weights("sft", preset="26m")
     with pytest.raises(ValueError, match="unknown preset 'big'"):
-        find_weights(Settings(preset="big"))
+        find_weights("sft", preset="big")
     for name in ("pretrain", "sft"):
         with pytest.raises(FileNotFoundError, match=f"`python train_{name}.py`"):
-            find_weights(Settings(model=f"out/{name}_512.pth"))
+            find_weights("sft", f"out/{name}_512.pth")
 
     shipped.mkdir()
-    assert find_weights(Settings()) == shipped
-    assert "using the shipped model" in capsys.readouterr().err
+    assert find_weights("sft") == shipped
     with pytest.raises(FileNotFoundError):
-        find_weights(Settings(mode=0))  # the shipped model is fine-tuned
+        find_weights("pretrain")  # the shipped model is fine-tuned
 
     out = tmp_path / "out"
     out.mkdir()
     for age, name in enumerate(["sft_512", "sft_128", "pretrain_256", "sft_64"]):
         (out / f"{name}.pth").touch()
         os.utime(out / f"{name}.pth", (1000 - age, 1000 - age))
-    assert find_weights(Settings()) == Path("out/sft_512.pth")  # the newest of them
-    assert find_weights(Settings(mode=0)) == Path("out/pretrain_256.pth")
+    assert find_weights("sft") == Path("out/sft_512.pth")  # the newest of them
+    assert find_weights("pretrain") == Path("out/pretrain_256.pth")
     (out / "sft_256.pth").touch()
     os.utime(out / "sft_256.pth", (1, 1))
-    assert find_weights(Settings()) == Path("out/sft_256.pth")  # the default preset's comes first
-    assert find_weights(Settings(preset="26m")) == Path("out/sft_512.pth")
-    assert find_weights(Settings(model="shipped")) == Path("shipped")
-    assert capsys.readouterr().err == ""
+    assert find_weights("sft") == Path("out/sft_256.pth")  # the default preset's comes first
+    assert find_weights("sft", preset="26m") == Path("out/sft_512.pth")
+    assert find_weights("sft", "shipped") == Path("shipped")
 
 
 # ---- The program --------------------------------------------------------------------------------
