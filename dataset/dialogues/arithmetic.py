@@ -133,7 +133,7 @@ def texts(count: int, rng: random.Random) -> Iterator[str]:
 
 
 def tests(count: int, rng: random.Random) -> list[dict]:
-    """Half held-out pairs, a quarter held-out phrasings of taught pairs, a quarter as second turns."""
+    """Half held-out pairs; a quarter held-out phrasings of taught pairs; a quarter second turns."""
     items: list[dict] = []
     seen: set[str] = set()
     while len(items) < count:

@@ -52,9 +52,9 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     MEANING: ("你为什么叫缘梦", "缘梦是什么意思", "你的名字怎么写", "你的名字是哪两个字",
               "你的名字有什么含义"),
 }
-PREFIXES = ("", "", "你好，", "请问，", "请问", "嗨，", "嘿，", "您好，", "那个，", "我想知道，",
+PREFIXES = ("", "你好，", "请问，", "请问", "嗨，", "嘿，", "您好，", "那个，", "我想知道，",
             "我想问一下，", "喂，", "小朋友，", "早上好，", "晚上好，", "哈喽，")
-PARTICLES = ("", "", "呀", "呢", "啊")
+PARTICLES = ("", "呀", "呢", "啊")
 MARKS = ("？", "?", "", "。", "！", "？？")
 ENGLISH_QUESTIONS = {
     ENGLISH: ("Who are you", "What is your name", "What's your name", "Introduce yourself",
@@ -67,7 +67,7 @@ ENGLISH_QUESTIONS = {
                   "Are you Siri", "Are you Llama"),
     ENGLISH_MAKER: ("Who made you", "Who created you", "Who trained you", "Who is your developer"),
 }
-ENGLISH_PREFIXES = ("", "", "Hello, ", "Hi, ", "Hi! ", "Hello! ", "Excuse me, ", "Hey, ")
+ENGLISH_PREFIXES = ("", "Hello, ", "Hi, ", "Hi! ", "Hello! ", "Excuse me, ", "Hey, ")
 # Whole questions that training never shows in any form.
 UNSEEN = {
     NAME: ("能告诉我你的名字吗", "你究竟是什么", "你是何方神圣", "请说出你的名字", "你的大名是什么",
@@ -81,7 +81,7 @@ UNSEEN = {
 def phrasings() -> Iterator[tuple[str, str]]:
     """Every composed question with its answer."""
     for answer, cores in QUESTIONS.items():
-        for core, prefix, particle, mark in product(cores, dict.fromkeys(PREFIXES), dict.fromkeys(PARTICLES), MARKS):
+        for core, prefix, particle, mark in product(cores, PREFIXES, PARTICLES, MARKS):
             if particle and (core.endswith("吗") or core[-1] in "下己你" or "介绍" in core):
                 continue
             if core.startswith(("请", "你好")) and prefix:
@@ -91,7 +91,7 @@ def phrasings() -> Iterator[tuple[str, str]]:
             OTHERS, ("你是{}吗", "你是不是{}", "你就是{}吧", "你是{}，对吗", "请问你是{}吗", "难道你是{}吗"), MARKS):
         yield form.format(other) + mark, NOT_OTHER
     for answer, cores in ENGLISH_QUESTIONS.items():
-        for core, prefix, mark in product(cores, dict.fromkeys(ENGLISH_PREFIXES), ("?", "", ".", "!")):
+        for core, prefix, mark in product(cores, ENGLISH_PREFIXES, ("?", "", ".", "!")):
             yield f"{prefix}{core}{mark}", answer
 
 
@@ -108,7 +108,8 @@ def chats(count: int, rng: random.Random) -> Iterator[Chat]:
     weights = {NAME: 10, SKILLS: 4, MAKER: 4, NOT_OTHER: 4, NOT_HUMAN: 2, AGE: 1.5, MEANING: 1,
                ENGLISH: 3, ENGLISH_SKILLS: 1, ENGLISH_NOT: 1, ENGLISH_MAKER: 1}
     answers = list(by_answer)
-    plain = {answer: [q for q in questions if len(q) <= 9] for answer, questions in by_answer.items()}
+    plain = {answer: [question for question in questions if len(question) <= 9]
+             for answer, questions in by_answer.items()}
     for answer in rng.choices(answers, [weights[a] for a in answers], k=count):
         pool = plain[answer] if plain[answer] and rng.random() < 0.35 else by_answer[answer]
         yield chat("identity", rng.choice(pool), answer)

@@ -91,11 +91,13 @@ def lives(entries: list[Author], count: int, rng: random.Random) -> Iterator[Cha
 
 
 def laws(entries: list[Article], count: int, rng: random.Random) -> Iterator[Chat]:
-    taught = [a for a in entries if not a.held_out and 15 < len(a.text) <= 90 and "\n" not in a.text]
+    taught = [article for article in entries if not article.held_out
+              and 15 < len(article.text) <= 90 and "\n" not in article.text]
     for article in some(taught, count, rng):
         short = article.law.removeprefix("中华人民共和国")
         law = rng.choice((article.law, short))
-        yield chat("law", rng.choice(("《{}》{}是怎么规定的？", "《{}》{}的内容是什么？")).format(law, article.number),
+        form = rng.choice(("《{}》{}是怎么规定的？", "《{}》{}的内容是什么？"))
+        yield chat("law", form.format(law, article.number),
                    f"《{law}》{article.number}规定：{finish(article.text)}")
 
 
@@ -125,8 +127,8 @@ def translations(entries: list[Pair], count: int, rng: random.Random) -> Iterato
             yield chat("translation", rng.choice(("把“{}”翻译成英文。", "“{}”用英语怎么说？", "翻译成英文：{}"))
                        .format(pair.chinese), pair.english)
         else:
-            yield chat("translation", rng.choice(("把“{}”翻译成中文。", "翻译成中文：{}",
-                                                  "Translate into Chinese: {}")).format(pair.english), pair.chinese)
+            form = rng.choice(("把“{}”翻译成中文。", "翻译成中文：{}", "Translate into Chinese: {}"))
+            yield chat("translation", form.format(pair.english), pair.chinese)
 
 
 def sayings(entries: list[tuple[str, str]], count: int, rng: random.Random) -> Iterator[Chat]:

@@ -120,8 +120,8 @@ def chats(count: int, rng: random.Random) -> Iterator[Chat]:
 def name_recall(rng: random.Random) -> Chat:
     """A name is told and then asked for: the answer is in the conversation itself."""
     name = rng.choice(NAMES)
-    turns = [rng.choice(("我叫{}。", "我是{}。", "你好，我叫{}。", "我的名字是{}。", "你可以叫我{}。", "我叫{}")).format(name),
-             f"你好，{name}！很高兴认识你。"]
+    form = rng.choice(("我叫{}。", "我是{}。", "你好，我叫{}。", "我的名字是{}。", "你可以叫我{}。", "我叫{}"))
+    turns = [form.format(name), f"你好，{name}！很高兴认识你。"]
     if rng.random() < 0.3:
         questions, answers = rng.choice(SMALL_TALK)
         turns += [rng.choice(questions), rng.choice(answers)]

@@ -53,7 +53,8 @@ def read_idioms(archive: zipfile.ZipFile) -> list[Idiom]:
         if len(meaning) < 6 or UNREADABLE.search(meaning) or not 4 <= len(han(word)) <= 12:
             continue
         origin, example = ("" if UNREADABLE.search(x) else x for x in (origin, example))
-        idioms.append(Idiom(word, entry["pinyin"].strip().replace("ɡ", "g"), meaning, origin, example))
+        pinyin = entry["pinyin"].strip().replace("ɡ", "g")
+        idioms.append(Idiom(word, pinyin, meaning, origin, example))
     return idioms
 
 
@@ -94,7 +95,8 @@ def idiom_choices(idioms: list[Idiom], rng: random.Random) -> Iterator[dict]:
     """Four-way questions on the idioms held out of training."""
     held = [idiom for idiom in idioms if idiom.held_out and len(idiom.word) == 4]
     for idiom in held:
-        options = [other.meaning for other in rng.sample(held, min(4, len(held))) if other != idiom][:3]
+        others = [other for other in rng.sample(held, min(4, len(held))) if other != idiom]
+        options = [other.meaning for other in others[:3]]
         if len(options) < 3:
             continue
         options.append(idiom.meaning)
@@ -119,7 +121,7 @@ def read_words(dictionary: zipfile.ZipFile, jionlp: zipfile.ZipFile) -> list[Wor
 
 
 def compounds(more: str) -> Iterator[Word]:
-    """The words listed under a character: name, pinyin, definition and perhaps an example, by line."""
+    """The words under a character: name, pinyin, definition and perhaps an example, by line."""
     lines = [line.strip() for line in more.split("\n")] + ["", "", ""]
     for i, name in enumerate(lines[:-3]):
         if not (re.fullmatch(r"[\u4e00-\u9fff]{2,5}", name) and PINYIN.fullmatch(lines[i + 1])):
@@ -149,7 +151,8 @@ def senses(name: str, meaning: str) -> str:
 def sound(name: str, meaning: str) -> bool:
     return (2 <= len(name) <= 6 and len(han(meaning)) >= 4 and not UNREADABLE.search(meaning)
             and not CRUDE.search(name + meaning) and "『" not in meaning and "[" not in meaning
-            and len(han(meaning)) > 0.6 * len(meaning) and not meaning.startswith(("见", "同“", "参见")))
+            and len(han(meaning)) > 0.6 * len(meaning)
+            and not meaning.startswith(("见", "同“", "参见")))
 
 
 def word_texts(words: list[Word]) -> Iterator[str]:

@@ -91,7 +91,9 @@ def clean(collection: str, author: str, title: str, body: str) -> Poem | None:
     title = tidy(title)
     lines = tuple(line for line in map(tidy, body.split("\n")) if line)
     text = "".join(lines)
-    if not 16 <= len(text) <= 360 or UNREADABLE.search(text + title) or title.split("·")[0] in UNTITLED:
+    if not 16 <= len(text) <= 360 or UNREADABLE.search(text + title):
+        return None
+    if title.split("·")[0] in UNTITLED:
         return None
     if collection not in ("诗经",) and not 2 <= len(han(author)) == len(author) <= 5:
         return None
@@ -159,7 +161,9 @@ def author_texts(authors: list[Author]) -> Iterator[str]:
     for author in authors:
         role = "女皇帝" if author.name == "武则天" else author.role
         opening = f"{author.name}是{author.dynasty}{role}。"
-        life = author.life if author.life.startswith(author.name) else f"{author.name}，{author.life}"
+        life = author.life
+        if not life.startswith(author.name):
+            life = f"{author.name}，{life}"
         first, *rest = sentences(finish(life), 420)
         yield opening + first
         yield from (piece for piece in rest if len(piece) > 60)
@@ -243,10 +247,12 @@ def well_known(poems: list[Poem], authors: list[Author], count: int) -> list[tup
 def choices(poems: list[Poem], rng: random.Random) -> Iterator[dict]:
     """Four-way questions on the poems held out of training: the next line, and the author."""
     held = [poem for poem in poems if poem.held_out]
-    famous = [name for name, _ in Counter(p.author for p in poems if p.author not in NAMELESS).most_common(60)]
+    written = Counter(poem.author for poem in poems if poem.author not in NAMELESS)
+    famous = [name for name, _ in written.most_common(60)]
     for poem in held:
         if poem.author in famous and len(famous) > 3:
-            options = rng.sample([name for name in famous if name != poem.author], 3) + [poem.author]
+            options = rng.sample([name for name in famous if name != poem.author], 3)
+            options.append(poem.author)
             rng.shuffle(options)
             yield {"task": "poem_author", "kind": "choice", "key": poem.key,
                    "question": f"下面这首{poem.kind}的作者是谁？\n" + "\n".join(poem.lines) + "\n",

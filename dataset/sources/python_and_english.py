@@ -12,7 +12,8 @@ from pathlib import Path
 from dataset.text import bucket, pack
 
 SKIPPED = {
-    "test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__", "turtledemo",
+    "test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__",
+    "turtledemo",
     "ensurepip", "distutils", "msilib", "pydoc_data", "tkinter", "_pyrepl", "sqlite3", "ctypes",
     "_sysconfigdata", "config", "curses",
 }
@@ -47,7 +48,7 @@ def read(paths: list[Path]) -> tuple[list[str], list[str]]:
 
 
 def readable(path: Path) -> tuple[str, ast.Module] | None:
-    """A module's text and syntax tree, or None if it is not ASCII, mostly a data table, or not for this Python."""
+    """A module's text and syntax tree; None if it is not ASCII, does not parse or is a table."""
     try:
         text = path.read_text(encoding="ascii")
         tree = ast.parse(text)
