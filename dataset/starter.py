@@ -29,7 +29,7 @@ TOKENIZER = Path("model/yuanmeng_tokenizer/tokenizer.json")
 @dataclass
 class Settings:
     folder: str = field(default="dataset", metadata={"help": "where the three files go"})
-    downloads: str = field(default="dataset/.downloads", metadata={"help": "packages are kept here"})
+    downloads: str = field(default="dataset/.downloads", metadata={"help": "package archives"})
     seed: int = field(default=42, metadata={"help": "same seed, same files"})
     chats: int = field(default=Sizes.chats, metadata={"help": "conversations, approximately"})
 

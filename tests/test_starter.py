@@ -110,7 +110,8 @@ def archives(tmp_path_factory) -> dict[str, zipfile.ZipFile]:
             "steps": [{"description": step} for step in
                       ("将 鸡蛋 打散，**加盐**。", "锅中放油，倒入蛋液炒熟", "--")]}])},
         "hsk-sentences-audio": {"hsk_sentences_audio/data/sentences.json": as_json(
-            [{"chinese": "他睡了一觉。", "translation": {"en": "He took a nap."}}])},
+            [{"chinese": "他睡了一觉。", "translation": {"en": "He took a nap."}},
+             {"chinese": "空白。", "translation": {"en": "placeholder-p6"}}])},
         "evals": {parables.MEMBER: (json.dumps({"input": [{}, {"content":
             "一个用来测试的小故事，讲的是蚂蚁。\nWhich moral?\nA) 甲 B) 乙 C) 丙 D) 丁 E) 戊\nThe output"}],
             "ideal": ["The final answer is: C"]}, ensure_ascii=False) + "\n").encode()},
@@ -175,6 +176,11 @@ def test_recipes_lose_placeholders_and_tools(archives):
     recipe, = prose.read_recipes(archives["howtocook-mcp"])
     assert recipe.ingredients == ("西红柿", "鸡蛋")
     assert recipe.steps == ("将鸡蛋打散，加盐。", "锅中放油，倒入蛋液炒熟。")
+
+
+def test_unwritten_translations_are_dropped(archives):
+    assert prose.read_pairs(archives["hsk-sentences-audio"]) == [
+        prose.Pair("他睡了一觉。", "He took a nap.")]
 
 
 def test_code_is_cut_where_functions_begin():

@@ -10,7 +10,7 @@ from dataset.dialogues import Chat, chat
 from dataset.dialogues.facts import FOLLOW_UPS
 from dataset.sources.dictionary import Idiom, Word
 from dataset.sources.law import Article
-from dataset.sources.poems import NAMELESS, Author, Poem
+from dataset.sources.poems import Author, Poem, unambiguous
 from dataset.sources.prose import Pair, Recipe
 from dataset.text import cut, finish
 
@@ -63,8 +63,7 @@ def words(entries: list[Word], count: int, rng: random.Random) -> Iterator[Chat]
 
 def poems(entries: list[Poem], count: int, rng: random.Random) -> Iterator[Chat]:
     """Author, origin and next line of well-ranked poems, and a few short poems whole."""
-    taught = [poem for poem in entries if not poem.held_out and poem.author not in NAMELESS]
-    for poem in some(taught, count, rng):
+    for poem in some(unambiguous(entries), count, rng):
         kind, first = rng.random(), poem.lines[0].rstrip("，。；！？")
         if kind < 0.4:
             form = rng.choice(("《{}》是谁写的？", "《{}》的作者是谁？", "谁写了《{}》？"))

@@ -169,6 +169,13 @@ def author_texts(authors: list[Author]) -> Iterator[str]:
         yield from (piece for piece in rest if len(piece) > 60)
 
 
+def unambiguous(poems: list[Poem]) -> list[Poem]:
+    """Training poems by a known author whose title no other kept poem has (《秋日》, ci tunes)."""
+    written = Counter(poem.title for poem in poems)
+    return [poem for poem in poems if written[poem.title] == 1 and not poem.held_out
+            and poem.author not in NAMELESS]
+
+
 def texts(poems: list[Poem]) -> Iterator[str]:
     for poem in poems:
         if not poem.held_out:
@@ -185,8 +192,8 @@ def fact_texts(poems: list[Poem], rng: random.Random) -> Iterator[str]:
         "“{first}”这一句出自{author}的《{title}》。",
     )
     facts = []
-    for poem in poems:
-        if not poem.held_out and poem.author not in NAMELESS and len(poem.title) <= 8:
+    for poem in unambiguous(poems):
+        if len(poem.title) <= 8:
             facts.append(rng.choice(forms).format(
                 title=poem.title, author=poem.author, dynasty=poem.dynasty, kind=poem.kind,
                 first=poem.lines[0]))

@@ -48,7 +48,8 @@ def read_recipes(archive: zipfile.ZipFile) -> list[Recipe]:
 def ingredient(name: str) -> str:
     """`西红柿 = 1 个（约180g）` → `西红柿`: the name alone."""
     name = re.sub(r"[（(].*|[=＝:：~*].*|\d.*|注.*", "", plain(name).rstrip("。"))
-    return re.sub(r"\s*(约|适量|少许|若干|数量|可选)$", "", name.strip()).strip(" 。")
+    name = re.sub(r"\s*(约|适量|少许|若干|数量|可选)$", "", name.strip())
+    return re.sub(r"[一二两三四五][根个只颗片块把勺瓣条]$", "", name).strip(" 。")
 
 
 def plain(text: str) -> str:
@@ -74,7 +75,9 @@ class Pair:
 
 def read_pairs(archive: zipfile.ZipFile) -> list[Pair]:
     entries = json.loads(archive.read("hsk_sentences_audio/data/sentences.json"))
-    return [Pair(tidy(entry["chinese"]), entry["translation"]["en"].strip()) for entry in entries]
+    pairs = [Pair(tidy(entry["chinese"]), entry["translation"]["en"].strip()) for entry in entries]
+    return [pair for pair in pairs  # some translations were never written
+            if pair.english and not pair.english.startswith("placeholder")]
 
 
 def pair_texts(pairs: list[Pair]) -> Iterator[str]:
