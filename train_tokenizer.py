@@ -1,7 +1,8 @@
 """Stage Ⅲ: train the tokenizer, a byte-level BPE of 6400 entries with a chat template.
 
-In:   JSONL text: dataset/pretrain_hq.jsonl and dataset/sft_mini_512.jsonl (ModelScope) if present,
-      else dataset/pretrain_starter.jsonl and dataset/sft_starter.jsonl; any others with --data.
+In:   JSONL text: dataset/pretrain_hq.jsonl (ModelScope) if present, else
+      dataset/pretrain_starter.jsonl; any others with --data. Not the conversations: their
+      templates repeat so often that whole sentences would become tokens.
 Out:  model/yuanmeng_tokenizer/ in transformers' format (AutoTokenizer.from_pretrained reads it).
 Next: train_pretrain.py. Weights belong to the tokenizer they were trained with, so a new one
       means pretraining again. The repository ships one; you need this stage only for other text.
@@ -38,10 +39,7 @@ class Settings:
     output_dir: str = field(default="model/yuanmeng_tokenizer", metadata={"help": "overwritten"})
 
 
-DEFAULT_DATA = [  # the first file of each pair that is there
-    ("dataset/pretrain_hq.jsonl", "dataset/pretrain_starter.jsonl"),
-    ("dataset/sft_mini_512.jsonl", "dataset/sft_starter.jsonl"),
-]
+DEFAULT_DATA = ["dataset/pretrain_hq.jsonl", "dataset/pretrain_starter.jsonl"]  # the first there
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 
 # BPE merges bytes only inside the pieces that this pattern cuts; the first alternative that fits
@@ -73,8 +71,7 @@ CHAT_TEMPLATE = (
 
 def draw_sample(settings: Settings) -> Sample:
     """One pass over the data; stops with a readable line if there is none or much is broken."""
-    found = [next(filter(os.path.exists, pair), None) for pair in DEFAULT_DATA]
-    paths = settings.data or [path for path in found if path]
+    paths = settings.data or list(filter(os.path.exists, DEFAULT_DATA))[:1]
     if not paths:
         raise SystemExit("No data. Make the starter corpus first: python -m dataset.starter\n"
                          "or name your own JSONL files: python train_tokenizer.py --data FILE")
