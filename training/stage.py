@@ -1,4 +1,5 @@
 """What a stage script does around the loop: prepare the machine, the data and the network, then train."""
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,10 @@ def run_stage(
         recipes: by the names that `--recipe` takes.
         load_weights: gives the fresh network the weights it starts from.
     """
-    (settings,) = HfArgumentParser(settings_class).parse_args_into_dataclasses()
+    parser = HfArgumentParser(settings_class, usage="%(prog)s [options]; --help lists them")
+    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        sys.exit(f"train_{stage}.py: unknown option {unknown[0]}; --help lists them")
     world = join_world()
     try:
         train_stage(stage, settings, recipes, load_weights, world)
@@ -59,7 +63,7 @@ def train_stage(
     set_threads(settings.threads, world.local_size)
     device = choose_device(world.local_rank)
 
-    data = pick_data(stage, settings.data)
+    data = pick_data(stage, settings.data, quiet=not world.is_main)
     rows = None
     if world.is_main:
         rows = prepare_rows(data, stage, TOKENIZER_DIR, settings.row_length, strict=settings.strict)
@@ -114,9 +118,15 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
         settings.batch_size = 16 if settings.preset == "mini" and not reference else 32
     if settings.accumulation_steps is None:
         settings.accumulation_steps = 8 if reference else 1
-    for name in ("batch_size", "accumulation_steps", "epochs", "row_length", "save_every"):
-        if getattr(settings, name) < 1:
+    for name in ("batch_size", "accumulation_steps", "epochs", "row_length", "threads", "max_steps",
+                 "log_every", "save_every", "eval_every", "eval_rows", "final_eval_rows"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1")
+    for name in ("learning_rate", "max_minutes", "decay_share"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite")
 
 
 def load_stage_weights(model: YuanMengModel, path: Path, made_by: str) -> None:
