@@ -1,8 +1,7 @@
 """Stage Ⅲ: train the tokenizer, a byte-level BPE of 6400 entries with a chat template.
 
-In:   JSONL text: dataset/pretrain_hq.jsonl (ModelScope) if present, else
-      dataset/pretrain_starter.jsonl; any others with --data. Not the conversations: their
-      templates repeat so often that whole sentences would become tokens.
+In:   JSONL text: dataset/pretrain_hq.jsonl and dataset/sft_mini_512.jsonl (ModelScope) if present,
+      else dataset/pretrain_starter.jsonl and dataset/sft_starter.jsonl; any others with --data.
 Out:  model/yuanmeng_tokenizer/ in transformers' format (AutoTokenizer.from_pretrained reads it).
 Next: train_pretrain.py. Weights belong to the tokenizer they were trained with, so a new one
       means pretraining again. The repository ships one; you need this stage only for other text.
@@ -14,8 +13,9 @@ its own, so memory grows with the corpus: 1.6 GB of text would take about 95 GB.
 of 32 MB gives the same vocabulary to within half a percent of tokens, in under 3 GB.
 """
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,10 @@ class Settings:
     output_dir: str = field(default="model/yuanmeng_tokenizer", metadata={"help": "overwritten"})
 
 
-DEFAULT_DATA = ["dataset/pretrain_hq.jsonl", "dataset/pretrain_starter.jsonl"]  # the first there
+DEFAULT_DATA = [  # the first file of each pair that is there
+    ("dataset/pretrain_hq.jsonl", "dataset/pretrain_starter.jsonl"),
+    ("dataset/sft_mini_512.jsonl", "dataset/sft_starter.jsonl"),
+]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 
 # BPE merges bytes only inside the pieces that this pattern cuts; the first alternative that fits
@@ -54,6 +57,7 @@ SPLIT_PATTERN = "|".join([
     r"[^\S\n]+",  # whatever space is left: single ones, tabs, the ideographic space
 ])
 
+HAN = re.compile("[\u4e00-\u9fff]")
 DEFAULT_SYSTEM = "你是缘梦，一个人工智能助手。"
 CHAT_TEMPLATE = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
@@ -71,7 +75,8 @@ CHAT_TEMPLATE = (
 
 def draw_sample(settings: Settings) -> Sample:
     """One pass over the data; stops with a readable line if there is none or much is broken."""
-    paths = settings.data or list(filter(os.path.exists, DEFAULT_DATA))[:1]
+    found = [next(filter(os.path.exists, pair), None) for pair in DEFAULT_DATA]
+    paths = settings.data or [path for path in found if path]
     if not paths:
         raise SystemExit("No data. Make the starter corpus first: python -m dataset.starter\n"
                          "or name your own JSONL files: python train_tokenizer.py --data FILE")
@@ -122,6 +127,24 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def without_repeats(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, a line with Chinese in it only the first time.
+
+    Answers made from templates say the same sentence thousands of times; counted each time, whole
+    sentences would become tokens. Lines of code and the names of roles count every time.
+    """
+    seen: set[int] = set()
+    for text in texts:
+        lines = []
+        for line in text.split("\n"):
+            if HAN.search(line):
+                if hash(line) in seen:
+                    continue
+                seen.add(hash(line))
+            lines.append(line)
+        yield "\n".join(lines)
+
+
 def load_previous(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer to compare with; None if the folder holds none that can be read."""
     if not (folder / "tokenizer.json").exists():
@@ -143,7 +166,7 @@ def main() -> None:
     print(f"Training on {sum(len(text.encode()) for text in sample.train) / 1e6:.1f} MB of text …")
     # Counting the little code and English twice costs Chinese 2 % of its bytes per token and wins
     # 10 % there; over a corpus with a tenth of them the number of tokens stays the same.
-    weighted = (text for text in sample.train
+    weighted = (text for text in without_repeats(sample.train)
                 for _ in range(1 if text_kind(text) == "zh" else settings.latin_weight))
     tokenizer = train(weighted, settings.vocab_size)
 
