@@ -83,7 +83,8 @@ def draw_sample(settings: Settings) -> Sample:
     print("Data:", ", ".join(paths))
     try:
         total = sum(os.path.getsize(path) for path in paths)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Sampling") as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Sampling",
+                  disable=None) as bar:
             sample = sample_texts(paths, int(settings.sample_mb * 1e6), seed=settings.seed,
                                   progress=bar.update)
     except OSError as error:

@@ -89,7 +89,7 @@ def fetch_all(packages: Iterable[Package], folder: Path, client: Client | None =
     if not missing:
         return
     total = sum(package.size for package in missing)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="packages") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="packages", disable=None) as bar:
         for package in missing:
             bar.set_postfix_str(package.label)
             before = bar.n

@@ -299,7 +299,7 @@ def _write_rows(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, 
     heldout_hashes: set[bytes] = set()
     with packer(folder, "train", row_length) as train, \
             packer(folder, "heldout", row_length) as heldout, \
-            tqdm(total=data_path.stat().st_size, unit="B", unit_scale=True,
+            tqdm(total=data_path.stat().st_size, unit="B", unit_scale=True, disable=None,
                  desc=f"Tokenising {data_path.name}") as progress:
         numbered = read_numbered(data_path, kind, strict=strict, on_bytes=progress.update,
                                  on_broken=count_broken)

@@ -69,6 +69,7 @@ class Trainer:
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
         self.step = 0  # steps done
+        self.last_eval = 0  # step of the last held-out loss
         self.elapsed = 0.0  # seconds trained, all sessions together
         self.resumed = self.stopped = False
         # (step, loss, gradient norm) since the last log line; on a GPU they are not read before it
@@ -129,7 +130,11 @@ class Trainer:
         self.reporter.show_progress(self.step, self._expected_steps())
         if self.step % self.settings.save_every == 0:
             self.save(wait=False)
-        if self._eval_position() >= self.next_eval:
+        # Between two of them lies enough training for them to take about a twentieth of the time.
+        rest = 10 * self.settings.eval_rows / self.batch_size
+        if self._eval_position() >= self.next_eval and (
+            self.settings.eval_every or self.step - self.last_eval >= rest
+        ):
             with self.meter.pause():
                 self._evaluate(self.settings.eval_rows)
             self.next_eval += self._eval_interval()
@@ -286,6 +291,7 @@ class Trainer:
         )
 
     def _evaluate(self, max_rows: int) -> None:
+        self.last_eval = self.step
         if not len(self.rows.heldout):
             return
         with torch.compiler.set_stance("force_eager"):  # another shape would compile again

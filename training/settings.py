@@ -34,6 +34,6 @@ class TrainSettings:
     save_every: int = option(100, "steps between saves")
     eval_every: int | None = option(None, "steps between held-out losses; default: ten in a run")
     eval_rows: int = option(32, "held-out rows for those")
-    final_eval_rows: int = option(256, "held-out rows for the last one")
+    final_eval_rows: int = option(128, "held-out rows for the last one")
     tensorboard: bool = option(True, "write TensorBoard events to out_dir/tensorboard")
     swanlab: bool = option(False, "also log to SwanLab (pip install swanlab)")

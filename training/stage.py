@@ -1,4 +1,4 @@
-"""What a stage script does around the loop: prepare the machine, the data and the network, then train."""
+"""What a stage script does around the loop: prepare machine, data and network, then train."""
 import math
 import sys
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from training.loop import NonFiniteLoss, Trainer
 from training.optimizer import Recipe
 from training.settings import TrainSettings
 
-# What the user can mend; each message says how. Anything else is a fault of ours and shows its trace.
+STOPPED = 130  # exit status of a run that was asked to stop, as a shell has it after Ctrl-C
+# What the user can mend; each message says how. Anything else is our fault and shows its trace.
 USER_ERRORS = (BrokenData, FileNotFoundError, NonFiniteLoss, OSError, SaveError, ValueError)
 
 
@@ -94,6 +95,8 @@ def train_stage(
         say(f"This run is complete; its weights are in {trainer.weights_path}.")
         return
     trainer.run()
+    if trainer.stopped:
+        sys.exit(STOPPED)
 
 
 def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> None:
