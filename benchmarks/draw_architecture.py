@@ -1,4 +1,4 @@
-"""Draw images/architecture.png: one decoder layer with the names of model/model.py, and both presets.
+"""Draw images/architecture.png: a decoder layer with the names of model/model.py, both presets.
 
 Notable: the shapes and the parameter counts on the picture come from the presets themselves, so the
 picture cannot tell another story than the code.
@@ -35,7 +35,8 @@ def box(axes: Axes, x: float, y: float, width: float, label: str, color: str = P
         (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.9",
         facecolor=color, edgecolor=INK, linewidth=1.1, zorder=3))
     if note:
-        axes.text(x, y + 0.9, label, ha="center", va="center", size=size, color=INK, zorder=4, **MONO)
+        axes.text(x, y + 0.9, label, ha="center", va="center", size=size, color=INK, zorder=4,
+                  **MONO)
         axes.text(x, y - 1.2, note, ha="center", va="center", size=8, color=SOFT, zorder=4)
     else:
         axes.text(x, y, label, ha="center", va="center", size=size, color=INK, zorder=4, **MONO)
@@ -167,7 +168,8 @@ def shape_rows() -> list[tuple[str, ...]]:
 
 def draw_table(axes: Axes, x: float) -> None:
     """The shapes of both presets, the legend under them."""
-    axes.text(x + 19, 87, "Shapes  [rows × columns]", ha="center", size=14, weight="bold", color=INK)
+    axes.text(x + 19, 87, "Shapes  [rows × columns]", ha="center", size=14, weight="bold",
+              color=INK)
     for number, (name, *values) in enumerate(shape_rows()):
         y = 80.5 - 4.1 * number
         heavy = "bold" if number == 0 or name == "parameters" else "normal"

@@ -11,7 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
+
+from dataset.rows import encode_conversation
+from model import TOKENIZER_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_en.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,7 +97,8 @@ def fault(words: list[str]) -> str | None:
     parser = parser_of(module_name)
     if parser is None:
         source = path.read_text(encoding="utf-8")
-        unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in source]
+        options = [word for word in arguments if word.startswith("--")]
+        unknown = [option for option in options if f'"{option}"' not in source]
         return f"{path.name} knows no {unknown[0]}" if unknown else None
     try:
         parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -153,6 +157,40 @@ def test_every_source_file_that_is_named_exists(document):
                        r"\.(?:py|txt|md|png))`", document.read_text("utf-8"))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+# ---- Outputs that can be checked at once --------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TOKENIZER_DIR)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
+def test_the_tokens_shown_are_the_tokenizers(name, tokenizer):
+    text = (ROOT / name).read_text("utf-8")
+    lines = re.findall(r"^(\S+) +→ (.+?) +\[([\d, ]+)\]$", text, re.MULTILINE)
+    assert len(lines) >= 5
+    for text, pieces, ids in lines:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        assert encoded == [int(number) for number in ids.split(", ")]
+        if "|" in pieces:
+            assert pieces.split(" | ") == [tokenizer.decode([token]) for token in encoded]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
+def test_the_mask_shown_is_the_trainers(name, tokenizer):
+    (shown,) = [block for block in blocks((ROOT / name).read_text("utf-8"), "") if "■" in block]
+    expected = [(line[0], token) for line in shown.splitlines() for token in line[1:].split()]
+    questions, answers = ("李白是谁", "那杜甫呢"), ("李白是唐代诗人。", "杜甫也是唐代诗人。")
+    messages = [{"role": role, "content": text} for pair in zip(questions, answers, strict=True)
+                for role, text in zip(("user", "assistant"), pair, strict=True)]
+    ids, loss = encode_conversation(messages, tokenizer)
+    tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in ids]
+    assert expected == [("■" if learnt else "·", token)
+                        for learnt, token in zip(loss, tokens, strict=True)]
+    text = (ROOT / name).read_text("utf-8")
+    assert re.search(rf"^(Of )?{len(ids)} (tokens|个 token 里有) {sum(loss)} ", text, re.MULTILINE)
 
 
 # ---- Two languages ------------------------------------------------------------------------------
