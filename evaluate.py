@@ -10,6 +10,7 @@ against the facts they ask for. Rates come with 95 % intervals (Wilson, 1927).
     python evaluate.py                            # the model that model_chat.py would talk to
     python evaluate.py --model out/pretrain_256.pth --tasks bits_per_byte,poem_next
 """
+
 import json
 import math
 import re
@@ -35,7 +36,9 @@ class Settings:
     """What to measure."""
 
     model: str | None = option(None, "a .pth file or a model folder; default: as model_chat.py")
-    data: str = option("dataset/eval_starter.jsonl", "the tasks; python -m dataset.starter makes them")
+    data: str = option(
+        "dataset/eval_starter.jsonl", "the tasks; python -m dataset.starter makes them"
+    )
     tasks: str = option("all", "names separated by commas")
     limit: int = option(200, "items per task at most (0: all)")
     max_new_tokens: int = option(96, "a reply that has not ended by then counts as endless")
@@ -69,7 +72,9 @@ def continuation_losses(
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long, device=model.device)
         for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)  # causal: padding on the right changes nothing
+            row[: len(tokens)] = torch.tensor(
+                tokens
+            )  # causal: padding on the right changes nothing
         logits = model(ids, use_cache=False).logits[:, :-1]
         nats = torch.nn.functional.cross_entropy(
             logits.float().transpose(1, 2), ids[:, 1:], reduction="none"
@@ -91,11 +96,17 @@ def greedy_replies(
     for start in tqdm(range(0, len(items), size), desc="chatting", leave=False, disable=None):
         inputs = tokenizer.apply_chat_template(
             [item["conversations"] for item in items[start : start + size]],
-            add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
         ).to(model.device)
         output = model.generate(
-            **inputs, max_new_tokens=settings.max_new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
         for ids in output[:, inputs["input_ids"].shape[1] :]:
             ended = bool((ids == tokenizer.eos_token_id).any())
@@ -132,12 +143,17 @@ def read_tasks(settings: Settings) -> dict[str, list[dict]]:
     for name in wanted:
         if name not in tasks:
             sys.exit(f"--tasks {name}: {path} holds {', '.join(tasks)}")
-    return {name: tasks[name][: settings.limit or None] if tasks[name][0]["kind"] != "text"
-            else tasks[name] for name in wanted}
+    return {
+        name: tasks[name][: settings.limit or None]
+        if tasks[name][0]["kind"] != "text"
+        else tasks[name]
+        for name in wanted
+    }
 
 
-def measure(model: YuanMengModel, tokenizer, tasks: dict[str, list[dict]], settings: Settings
-            ) -> tuple[list[tuple[str, ...]], list[dict]]:
+def measure(
+    model: YuanMengModel, tokenizer, tasks: dict[str, list[dict]], settings: Settings
+) -> tuple[list[tuple[str, ...]], list[dict]]:
     """The rows of the report (task, items, score, 95 % interval, chance) and all replies."""
     rows: list[tuple[str, ...]] = []
     chats: list[dict] = []
@@ -155,8 +171,11 @@ def measure(model: YuanMengModel, tokenizer, tasks: dict[str, list[dict]], setti
                 count = sum(item["source"] == source for item in items)
                 rows.append((f"bits per byte: {source}", str(count), f"{bits:.3f}", "", ""))
         elif kind == "choice":
-            pairs = [(bos + encode(tokenizer, item["question"]), encode(tokenizer, choice))
-                     for item in items for choice in item["choices"]]
+            pairs = [
+                (bos + encode(tokenizer, item["question"]), encode(tokenizer, choice))
+                for item in items
+                for choice in item["choices"]
+            ]
             losses = iter(continuation_losses(model, pairs, settings.batch_size))
             right = 0
             for item in items:
@@ -166,11 +185,18 @@ def measure(model: YuanMengModel, tokenizer, tasks: dict[str, list[dict]], setti
             rows.append((name, *rate_columns(right, len(items)), f"{chance:.1%}"))
         else:
             replies = greedy_replies(model, tokenizer, items, settings)
-            verdicts = [is_right(item, reply) for item, (reply, _) in zip(items, replies, strict=True)]
+            verdicts = [
+                is_right(item, reply) for item, (reply, _) in zip(items, replies, strict=True)
+            ]
             rows.append((name, *rate_columns(sum(verdicts), len(items)), ""))
             chats += [
-                {"task": name, "question": item["conversations"][-1]["content"], "reply": reply,
-                 "right": verdict, "loops": loops(reply, ended)}
+                {
+                    "task": name,
+                    "question": item["conversations"][-1]["content"],
+                    "reply": reply,
+                    "right": verdict,
+                    "loops": loops(reply, ended),
+                }
                 for item, (reply, ended), verdict in zip(items, replies, verdicts, strict=True)
             ]
     if chats:

@@ -9,6 +9,7 @@ Next: train_sft.py
     python train_pretrain.py --resume                       # continue after Ctrl-C or a power cut
     torchrun --nproc_per_node 2 train_pretrain.py           # two GPUs, or two CPU processes
 """
+
 from dataclasses import dataclass
 
 from training.optimizer import Recipe

@@ -5,13 +5,14 @@ In:   out/pretrain_512.pth (out/pretrain_256.pth), and dataset/sft_mini_512.json
 Out:  out/sft_512.pth (out/sft_256.pth), out/loss_sft.png.
 Next: model_chat.py
 
-The loop is that of pretraining. What differs: the first weights, conversations instead of plain text,
-a loss on the assistant's words only, and smaller learning rates.
+The loop is that of pretraining. What differs: the first weights, conversations instead of plain
+text, a loss on the assistant's words only, and smaller learning rates.
 
     python train_sft.py
     python train_sft.py --preset mini --max_minutes 4
     python train_sft.py --resume
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from training.stage import load_stage_weights, run_stage
 class Settings(TrainSettings):
     """Fine-tuning; what `training/settings.py` says holds where nothing stands here."""
 
-    init: str | None = option(None, "weights to start from; default: out_dir/pretrain_512.pth or _256")
+    init: str | None = option(
+        None, "weights to start from; default: out_dir/pretrain_512.pth or _256"
+    )
 
 
 RECIPES = {
@@ -40,7 +43,9 @@ def load_pretrained(model: YuanMengModel, settings: Settings) -> None:
     """Start from what pretraining saved."""
     default = Path(settings.out_dir) / f"pretrain_{model.config.hidden_size}.pth"
     load_stage_weights(
-        model, Path(settings.init or default), f"python train_pretrain.py --preset {settings.preset}"
+        model,
+        Path(settings.init or default),
+        f"python train_pretrain.py --preset {settings.preset}",
     )
 
 

@@ -4,12 +4,13 @@
 buffer of fixed capacity; a step writes its new rows in place and attends to a view of the filled
 part. The buffers never move, which is what a compiled decode step needs.
 """
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """One layer's keys and values, each [B, H_kv, capacity, D], of which `length` rows are filled."""
+    """One layer's keys and values, each [B, H_kv, capacity, D]; the first `length` rows count."""
 
     is_sliding = False
     is_croppable = True

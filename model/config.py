@@ -1,4 +1,5 @@
-"""The shape of a YuanMeng model. Fields carry transformers' names, so that every tool can read them."""
+"""The shape of a YuanMeng model. Fields carry transformers' names, which every tool can read."""
+
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,8 +11,12 @@ TOKENIZER_DIR = Path(__file__).parent / "yuanmeng_tokenizer"
 MINI_DIR = Path(__file__).parent / "yuanmeng-mini-instruct"  # a small trained model
 
 PRESETS = {
-    "26m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
-    "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704),
+    "26m": dict(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408
+    ),
+    "mini": dict(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The network: Llama under other names, in one file that reads from the bottom of a layer to the top.
+"""The network: Llama under other names, in one file that reads from the bottom up.
 
 RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245) and
 SwiGLU (2002.05202). Rotary positions turn halves of a head against each other, the convention of
@@ -7,6 +7,7 @@ transformers, so that the weights load into `LlamaForCausalLM` unchanged (`tests
 Shapes in names: B batch, T new tokens, S tokens attended to, D hidden width, H heads, K key/value
 heads, E head width, V vocabulary.
 """
+
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ IGNORED_LABEL = -100
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to unit root mean square, computed in float32 whatever the input's dtype."""
+    """Scale each vector to unit root mean square, in float32 whatever the input's dtype."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -69,7 +70,7 @@ def sdpa_attention(
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention. `attend` is the kernel, so that a trainer can set a faster one."""
+    """Grouped-query self-attention. `attend` is the kernel: a trainer can set a faster one."""
 
     def __init__(self, config: YuanMengConfig, layer_index: int):
         super().__init__()
@@ -188,9 +189,7 @@ class YuanMengModel(PreTrainedModel, GenerationMixin):
 
         `mask` goes to each layer's `attend` as it is.
         """
-        rope = rope_tables(
-            positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype
-        )
+        rope = rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope, mask, cache)
         return self.norm(x_BTD)
@@ -271,7 +270,7 @@ def attention_mask_for(
     """
     T, device = x_BTD.shape[1], x_BTD.device
     if attention_mask is not None and attention_mask.dim() == 4:
-        # transformers also writes these as numbers to add: 0 where allowed, very negative where not.
+        # transformers also writes these as numbers to add: 0 where allowed, else very negative.
         return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not padded and segment_ids is None and (past == 0 or T == 1):

@@ -5,6 +5,7 @@ Two files per stage: `pretrain_512.pth`, the weights that the next stage and the
 position in the data). The state is copied in memory, which takes milliseconds, and a thread writes
 the copy to a temporary file, flushes it and renames it.
 """
+
 import copy
 import os
 import shutil
@@ -77,7 +78,9 @@ class Saver:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise SaveError(f"the checkpoint could not be written ({error}); the last good one is kept")
+            raise SaveError(
+                f"the checkpoint could not be written ({error}); the last good one is kept"
+            )
 
 
 def keep_previous(path: Path) -> None:

@@ -4,6 +4,7 @@ Under `torchrun` every process holds the whole network and takes its share of ea
 Gradients are summed in one call over one flat tensor. Small control messages (a stop request, a
 count) travel over gloo between CPUs, so that they never make a GPU wait.
 """
+
 import os
 from dataclasses import dataclass
 

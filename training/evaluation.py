@@ -1,4 +1,5 @@
 """Held-out loss in bits per byte, which compares runs whatever their tokenizer."""
+
 import math
 
 import torch
@@ -29,7 +30,9 @@ def sum_losses(model: torch.nn.Module, x_BT, y_BT, segments_BT, byte_lengths) ->
     return nats.item(), int(byte_lengths[targets.cpu()].sum())
 
 
-def bits_per_byte(model, rows, byte_lengths: torch.Tensor, world, max_rows=None, batch_size=8) -> float:
+def bits_per_byte(
+    model, rows, byte_lengths: torch.Tensor, world, max_rows=None, batch_size=8
+) -> float:
     """Bits the model needs per byte of held-out target text; NaN without held-out rows.
 
     Args:

@@ -1,4 +1,5 @@
 """Writing a file so that a crash at any moment leaves either the old one or the new one, whole."""
+
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import IO
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`; on success flush it to the disk and rename it over `path`.
+    """Open a temporary file beside `path`; on success flush it and rename it over `path`.
 
     If the body raises, or the disk is full, `path` keeps what it held before and the temporary
     file is removed. Text modes are UTF-8.

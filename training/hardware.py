@@ -1,4 +1,5 @@
 """What this machine is, and how fast it could be at best."""
+
 import os
 import shutil
 import time
@@ -8,8 +9,15 @@ import torch
 
 # Dense bfloat16 tensor-core peaks, FLOP/s, from the vendors' data sheets.
 GPU_PEAKS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 3090": 71e12,
 }
 
 
@@ -21,9 +29,11 @@ def choose_device(local_rank: int = 0) -> torch.device:
 def set_threads(threads: int | None, processes_here: int = 1) -> int:
     """Give torch the cores this process may use, shared among the processes of this machine."""
     if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // processes_here) if hasattr(
-            os, "sched_getaffinity"
-        ) else max(1, (os.cpu_count() or 1) // processes_here)
+        threads = (
+            max(1, len(os.sched_getaffinity(0)) // processes_here)
+            if hasattr(os, "sched_getaffinity")
+            else max(1, (os.cpu_count() or 1) // processes_here)
+        )
     torch.set_num_threads(threads)
     return threads
 

@@ -4,6 +4,7 @@ What is notable: the order of the data is a function of (seed, epoch), so a run 
 number alone; the loss is a sum over the whole batch divided by its number of targets, so that any
 number of processes computes the same thing; nothing in a step waits for a GPU.
 """
+
 import math
 import signal
 import time
@@ -44,8 +45,14 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: TrainSettings, stage: str, recipe: Recipe, model: YuanMengModel, rows,
-        tokenizer, world: World,
+        self,
+        settings: TrainSettings,
+        stage: str,
+        recipe: Recipe,
+        model: YuanMengModel,
+        rows,
+        tokenizer,
+        world: World,
     ):
         self.settings, self.stage, self.recipe, self.world = settings, stage, recipe, world
         self.model, self.rows = model, rows
@@ -84,7 +91,7 @@ class Trainer:
     # -- the story -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end, or to a stop request; weights, resume state and curves are on disk after.
+        """Train to the end or a stop request; then weights, resume state and curves are on disk.
 
         Raises:
             NonFiniteLoss, checkpoint.SaveError
@@ -166,7 +173,9 @@ class Trainer:
         """
         _, y, segments = batch
         targets, tokens, wants_stop, self.elapsed = self.world.sum_numbers(
-            int((y >= 0).sum()), int((segments > 0).sum()), stop["asked"],
+            int((y >= 0).sum()),
+            int((segments > 0).sum()),
+            stop["asked"],
             elapsed if self.world.is_main else 0.0,
         )
         self.stopped = wants_stop > 0
@@ -179,7 +188,10 @@ class Trainer:
         h_BTD = self.model.hidden_states(self.model.tok_embeddings(x_BT), positions, segments_BT)
         scale = 1.0 / max(1.0, targets)
         loss = chunked_cross_entropy(
-            h_BTD.flatten(0, 1), self.model.tok_embeddings.weight, y_BT.flatten(), scale,
+            h_BTD.flatten(0, 1),
+            self.model.tok_embeddings.weight,
+            y_BT.flatten(),
+            scale,
             self.softmax_gradient,
         )
         (loss / self.settings.accumulation_steps).backward()
@@ -209,12 +221,16 @@ class Trainer:
     def _expected_steps(self) -> int:
         """The length of the run in steps; an estimate if the clock ends it."""
         progress = self._progress()
-        return max(self.step, min(self.total_steps, round(self.step / progress))) if progress else self.total_steps
+        return (
+            max(self.step, min(self.total_steps, round(self.step / progress)))
+            if progress
+            else self.total_steps
+        )
 
     # -- around the steps ----------------------------------------------------------------------
 
     def _prepare_speed(self) -> None:
-        """Measure the machine's ceiling; compile if the run is long enough to pay for a minute of it."""
+        """Measure the machine's ceiling; compile if the run is long enough to pay for it."""
         dtype = next(self.model.parameters()).dtype
         peak = peak_flops(self.device, dtype) * self.world.size
         self.flops_share = flops_per_token(self.model, self.settings.row_length) / peak
@@ -229,7 +245,9 @@ class Trainer:
             try:
                 self._forward_backward(*self._batch(self.step), targets=1)
             except torch._dynamo.exc.TorchDynamoException as error:
-                self.reporter.say(f"torch.compile failed ({type(error).__name__}): training without it.")
+                self.reporter.say(
+                    f"torch.compile failed ({type(error).__name__}): training without it."
+                )
                 self._use_compiled(False)
             self.model.zero_grad(set_to_none=True)  # a rehearsal: nothing is learnt from it
 
@@ -260,8 +278,10 @@ class Trainer:
         first = step - self.settings.accumulation_steps + 1
         indices = [i for s in range(first, step + 1) for i in self._indices(s)]
         lines = sorted({int(self.rows.train.records[i]) for i in indices})
-        kept = f"the last good weights are in {self.weights_path}" if self.weights_path.exists() else (
-            "no weights were saved yet"
+        kept = (
+            f"the last good weights are in {self.weights_path}"
+            if self.weights_path.exists()
+            else ("no weights were saved yet")
         )
         return (
             f"the loss is not finite at step {step}; its batch holds the records around lines "
@@ -274,7 +294,9 @@ class Trainer:
         if not self.pending:
             return
         self._check()
-        losses = self.world.sum_(torch.stack([loss.float() for _, loss, _ in self.pending])).tolist()
+        losses = self.world.sum_(
+            torch.stack([loss.float() for _, loss, _ in self.pending])
+        ).tolist()
         steps, self.pending = [step for step, _, _ in self.pending], []
         speed, seconds_per_step = self.meter.read(len(steps))
         rate = self.recipe.learning_rate * self._rate(steps[-1] / self._expected_steps())
@@ -295,7 +317,9 @@ class Trainer:
         if not len(self.rows.heldout):
             return
         with torch.compiler.set_stance("force_eager"):  # another shape would compile again
-            value = bits_per_byte(self.model, self.rows.heldout, self.byte_lengths, self.world, max_rows)
+            value = bits_per_byte(
+                self.model, self.rows.heldout, self.byte_lengths, self.world, max_rows
+            )
         if self.world.is_main:
             self.reporter.record("heldout", self.step, value)
         self.reporter.say(f"held-out loss at step {self.step}: {value:.4f} bits per byte")
@@ -304,12 +328,27 @@ class Trainer:
 
     def fingerprint(self) -> dict:
         """What must not change between a run and its continuation."""
-        names = ("recipe", "learning_rate", "accumulation_steps", "row_length", "dtype", "seed",
-                 "warmup_steps", "decay_share")
+        names = (
+            "recipe",
+            "learning_rate",
+            "accumulation_steps",
+            "row_length",
+            "dtype",
+            "seed",
+            "warmup_steps",
+            "decay_share",
+        )
         settings = asdict(self.settings)
-        shape = {key: getattr(self.model.config, key) for key in ("hidden_size", "num_layers", "vocab_size")}
-        return {**{name: settings[name] for name in names}, **shape,
-                "batch_size": self.batch_size, "data and tokenizer": self.rows.path.name}
+        shape = {
+            key: getattr(self.model.config, key)
+            for key in ("hidden_size", "num_layers", "vocab_size")
+        }
+        return {
+            **{name: settings[name] for name in names},
+            **shape,
+            "batch_size": self.batch_size,
+            "data and tokenizer": self.rows.path.name,
+        }
 
     def save(self, wait: bool, finished: bool = False) -> None:
         """Save weights and resume state; in the background unless `wait`."""
@@ -338,7 +377,7 @@ class Trainer:
         """Continue from the resume state; false if that run had already ended.
 
         Raises:
-            ValueError: there is no such state, it cannot be read, or a setting that matters changed.
+            ValueError: there is no readable state, or a setting that matters changed.
         """
         if not self.resume_path.exists():
             raise ValueError(f"{self.resume_path} does not exist: start the run without --resume")
@@ -346,8 +385,11 @@ class Trainer:
         if state.get("stage") != self.stage or "optimizer" not in state:
             raise ValueError(f"{self.resume_path}: is no resume state of the {self.stage} stage")
         ours, saved = self.fingerprint(), state["fingerprint"]
-        changed = [f"{key} was {saved.get(key)!r} and is {ours[key]!r}" for key in ours
-                   if ours[key] != saved.get(key)]
+        changed = [
+            f"{key} was {saved.get(key)!r} and is {ours[key]!r}"
+            for key in ours
+            if ours[key] != saved.get(key)
+        ]
         if changed:
             raise ValueError(
                 f"{self.resume_path}: cannot continue, because {'; '.join(changed)}. "
@@ -387,7 +429,7 @@ class Meter:
 
 @contextmanager
 def stop_requests():
-    """Turn Ctrl-C and SIGTERM into a request that is read between steps; a second Ctrl-C interrupts."""
+    """Turn Ctrl-C and SIGTERM into a request read between steps; a second Ctrl-C interrupts."""
     request = {"asked": 0}
 
     def ask(signum, frame):

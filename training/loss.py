@@ -1,10 +1,11 @@
 """Cross-entropy over the vocabulary without ever holding all logits.
 
-The logits of one update (8,192 tokens × 6,400 entries in float32) take 210 MB, and their gradient as
-much again. Here the head and the loss run over a chunk of tokens at a time, and the gradients are
-computed on the way forward, so that a chunk's logits can be forgotten at once (the idea of
+The logits of one update (8,192 tokens × 6,400 entries in float32) take 210 MB, and their gradient
+as much again. Here the head and the loss run over a chunk of tokens at a time, and the gradients
+are computed on the way forward, so that a chunk's logits can be forgotten at once (the idea of
 Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
 """
+
 from collections.abc import Callable
 
 import torch
@@ -65,6 +66,4 @@ def chunked_cross_entropy(
 
     Pass `scale = 1 / number of targets` for the mean, and a compiled `softmax_gradient` for speed.
     """
-    return ChunkedCrossEntropy.apply(
-        h_ND, head_VD, targets_N, scale, gradient_function, chunk_size
-    )
+    return ChunkedCrossEntropy.apply(h_ND, head_VD, targets_N, scale, gradient_function, chunk_size)

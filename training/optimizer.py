@@ -1,13 +1,15 @@
 """Muon for the matrices, AdamW for the rest, over float32 master weights laid end to end.
 
 Training multiplies in bfloat16, but an update is often smaller than bfloat16's spacing and would
-round to nothing: so every weight has a float32 master that takes the updates and is copied into the
-network after each. Masters and gradients are one flat tensor each. Gradients can then be clipped,
-checked and summed over processes in one call, and matrices of one shape form a batch without a copy.
+round to nothing: so every weight has a float32 master that takes the updates and is copied into
+the network after each. Masters and gradients are one flat tensor each. Gradients can then be
+clipped, checked and summed over processes in one call, and matrices of one shape form a batch
+without a copy.
 
 Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
 few Newton-Schulz steps in bfloat16: every direction of the update gets the same length.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,9 @@ from torch import nn
 class Recipe:
     """How weights are updated.
 
-    `learning_rate` is Muon's for matrices if `muon`, else AdamW's for everything; `adam_learning_rate`
-    is AdamW's for embeddings and norms beside Muon. Both are peaks that the schedule scales.
+    `learning_rate` is Muon's for matrices if `muon`, else AdamW's for everything;
+    `adam_learning_rate` is AdamW's for embeddings and norms beside Muon. Both are peaks that the
+    schedule scales.
     """
 
     muon: bool
@@ -54,7 +57,9 @@ class MasterOptimizer:
     def __init__(self, model: nn.Module, recipe: Recipe):
         self.recipe = recipe
         named = list(model.named_parameters())
-        is_matrix = {name: recipe.muon and name.startswith("layers.") and p.dim() == 2 for name, p in named}
+        is_matrix = {
+            name: recipe.muon and name.startswith("layers.") and p.dim() == 2 for name, p in named
+        }
         # Matrices first, equal shapes side by side: a group of them is then a view [n, r, c].
         named.sort(key=lambda item: (not is_matrix[item[0]], tuple(item[1].shape)))
         self.names = [name for name, _ in named]
@@ -72,7 +77,9 @@ class MasterOptimizer:
         others = [i for i, name in enumerate(self.names) if not is_matrix[name]]
         for i in others:
             self.masters[i].grad = self.gradients[i]
-        decayed = [self.masters[i] for i in others if not recipe.muon and self.masters[i].dim() == 2]
+        decayed = [
+            self.masters[i] for i in others if not recipe.muon and self.masters[i].dim() == 2
+        ]
         plain = [self.masters[i] for i in others if recipe.muon or self.masters[i].dim() != 2]
         groups = [dict(params=plain, weight_decay=0.0)]
         if decayed:
@@ -84,21 +91,30 @@ class MasterOptimizer:
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def _matrix_groups(self, is_matrix: dict[str, bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(weights, gradients) of each matrix shape, as views [n, rows, columns] of the flat tensors."""
-        shapes = [p.shape for name, p in zip(self.names, self.parameters, strict=True) if is_matrix[name]]
+        """(weights, gradients) of each matrix shape: views [n, rows, columns] of the flat tensors."""
+        shapes = [
+            p.shape for name, p in zip(self.names, self.parameters, strict=True) if is_matrix[name]
+        ]
         groups, start = [], 0
         for shape in dict.fromkeys(shapes):
             count = shapes.count(shape)
             end = start + count * shape.numel()
             groups.append(
-                tuple(x[start:end].view(count, *shape) for x in (self.masters_flat, self.gradients_flat))
+                tuple(
+                    x[start:end].view(count, *shape)
+                    for x in (self.masters_flat, self.gradients_flat)
+                )
             )
             start = end
         return groups
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to the float32 ones, and drop them."""
-        used = [(g, p) for g, p in zip(self.gradients, self.parameters, strict=True) if p.grad is not None]
+        used = [
+            (g, p)
+            for g, p in zip(self.gradients, self.parameters, strict=True)
+            if p.grad is not None
+        ]
         torch._foreach_add_([g for g, _ in used], [p.grad.float() for _, p in used])
         for parameter in self.parameters:
             parameter.grad = None
@@ -120,7 +136,9 @@ class MasterOptimizer:
             weights.mul_(1 - lr * self.recipe.weight_decay)
             weights.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
         for group in self.adam.param_groups:
-            group["lr"] = (self.recipe.adam_learning_rate if self.recipe.muon else self.recipe.learning_rate) * scale
+            group["lr"] = (
+                self.recipe.adam_learning_rate if self.recipe.muon else self.recipe.learning_rate
+            ) * scale
         self.adam.step()
         self.gradients_flat.zero_()
         with torch.no_grad():

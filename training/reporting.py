@@ -1,4 +1,5 @@
-"""What a run tells its user: log lines, a progress bar, TensorBoard events, a picture of the loss."""
+"""What a run tells its user: log lines, a progress bar, TensorBoard events, a loss curve."""
+
 import json
 import math
 import sys
@@ -45,7 +46,9 @@ class Reporter:
         if not self.is_main:
             return
         if self.bar is None:
-            self.bar = tqdm(unit="step", dynamic_ncols=True, disable=None, initial=step, leave=False)
+            self.bar = tqdm(
+                unit="step", dynamic_ncols=True, disable=None, initial=step, leave=False
+            )
         self.bar.total = total
         self.bar.n = step
         self.bar.update(0)
@@ -77,7 +80,7 @@ class Reporter:
 
 
 def draw_curve(history: dict[str, list], stage: str, path: Path) -> None:
-    """The training loss (nats per token) and the held-out bits per byte over the steps, as a PNG."""
+    """Training loss (nats per token) and held-out bits per byte over the steps, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -95,7 +98,9 @@ def draw_curve(history: dict[str, list], stage: str, path: Path) -> None:
     points = [point for point in history["heldout"] if math.isfinite(point[1])]
     if points:
         right = axes.twinx()
-        right.plot(*zip(*points, strict=True), "o-", color="#d62728", label="held-out bits per byte")
+        right.plot(
+            *zip(*points, strict=True), "o-", color="#d62728", label="held-out bits per byte"
+        )
         right.set_ylabel("bits per byte")
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels

@@ -1,4 +1,5 @@
 """The learning rate over a run, as a factor of its peak; `progress` runs from 0 to 1."""
+
 import math
 
 

@@ -1,4 +1,5 @@
-"""The settings that both trainers share; each stage script derives its own at the top of its page."""
+"""The settings that both trainers share; each stage script derives its own from them."""
+
 from dataclasses import dataclass, field
 
 
@@ -12,25 +13,35 @@ class TrainSettings:
     """Every field is a command-line option: `--batch_size 32`."""
 
     preset: str | None = option(None, "26m or mini; default: 26m with a GPU, mini without")
-    data: str | None = option(None, "JSONL file; default: ModelScope's if present, else the starter")
+    data: str | None = option(
+        None, "JSONL file; default: ModelScope's if present, else the starter"
+    )
     strict: bool = option(False, "stop at the first broken line of the data")
     out_dir: str = option("out", "where weights, resume state and curves go")
-    recipe: str = option("fast", "fast (Muon, packed, small updates) or reference (the specification's)")
+    recipe: str = option(
+        "fast", "fast (Muon, packed, small updates) or reference (the specification's)"
+    )
     learning_rate: float | None = option(None, "peak; default: the recipe's")
     epochs: int = option(1, "passes over the data")
     max_steps: int | None = option(None, "stop after so many steps, the schedule ending there")
     max_minutes: float | None = option(None, "stop after so long, the schedule ending there")
-    batch_size: int | None = option(None, "rows of 512 tokens per step over all processes; default: 16 (mini), 32")
+    batch_size: int | None = option(
+        None, "rows of 512 tokens per step over all processes; default: 16 (mini), 32"
+    )
     accumulation_steps: int | None = option(None, "steps per update; default: 1, reference 8")
     row_length: int = option(512, "tokens in a row")
     warmup_steps: int = option(20, "steps over which the learning rate rises")
     decay_share: float = option(0.6, "last share of the run over which it falls to zero")
-    dtype: str = option("bfloat16", "of weights in the network: bfloat16 or float32 (masters are float32)")
+    dtype: str = option(
+        "bfloat16", "of weights in the network: bfloat16 or float32 (masters are float32)"
+    )
     compile: str = option("auto", "auto (where the run is long enough to pay for it), yes or no")
     threads: int | None = option(None, "CPU threads; default: all cores this process may use")
     seed: int = option(42, "of the first weights and the order of the data")
     resume: bool = option(False, "continue from the resume state in out_dir")
-    log_every: int | None = option(None, "steps between log lines; default: 100 on a GPU, 10 without")
+    log_every: int | None = option(
+        None, "steps between log lines; default: 100 on a GPU, 10 without"
+    )
     save_every: int = option(100, "steps between saves")
     eval_every: int | None = option(None, "steps between held-out losses; default: ten in a run")
     eval_rows: int = option(32, "held-out rows for those")

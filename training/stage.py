@@ -1,4 +1,5 @@
 """What a stage script does around the loop: prepare machine, data and network, then train."""
+
 import math
 import sys
 from collections.abc import Callable
@@ -121,8 +122,19 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
         settings.batch_size = 16 if settings.preset == "mini" and not reference else 32
     if settings.accumulation_steps is None:
         settings.accumulation_steps = 8 if reference else 1
-    for name in ("batch_size", "accumulation_steps", "epochs", "row_length", "threads", "max_steps",
-                 "log_every", "save_every", "eval_every", "eval_rows", "final_eval_rows"):
+    for name in (
+        "batch_size",
+        "accumulation_steps",
+        "epochs",
+        "row_length",
+        "threads",
+        "max_steps",
+        "log_every",
+        "save_every",
+        "eval_every",
+        "eval_rows",
+        "final_eval_rows",
+    ):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1")
