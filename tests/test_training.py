@@ -319,7 +319,7 @@ def test_token_byte_lengths_add_up_to_the_text(tokenizer):
 
 
 class Rows:
-    """One packed row a text list: the documents end to end, padded; with the interface of RowSet."""
+    """Packed rows, each of documents end to end and padding, with the interface of RowSet."""
 
     def __init__(self, rows: list[list[list[int]]], T: int):
         self.rows, self.T = rows, T
