@@ -3,6 +3,7 @@
 Runs whose process matters (signals, kills, torchrun, exit status) are processes of their own; the
 others run the script inside this one, which saves its imports. All work in a temporary folder.
 """
+
 import json
 import math
 import os
@@ -22,16 +23,40 @@ import torch
 from training.checkpoint import Saver
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset", "mini", "--compile", "no", "--row_length", "64", "--batch_size", "4",
-        "--threads", "1", "--max_steps", "12", "--save_every", "3", "--eval_rows", "4",
-        "--final_eval_rows", "8", "--log_every", "1", "--warmup_steps", "4")
+TINY = (
+    "--preset",
+    "mini",
+    "--compile",
+    "no",
+    "--row_length",
+    "64",
+    "--batch_size",
+    "4",
+    "--threads",
+    "1",
+    "--max_steps",
+    "12",
+    "--save_every",
+    "3",
+    "--eval_rows",
+    "4",
+    "--final_eval_rows",
+    "8",
+    "--log_every",
+    "1",
+    "--warmup_steps",
+    "4",
+)
 LOG_LINE = re.compile(
     r"^Epoch:\[1/1\]\((\d+)/(\d+)\) loss:(\d+\.\d{3}) lr:(\d\.\d{12}) epoch_time:\d+\.\d+min "
-    r"tokens/s:\d+ mfu:\d+\.\d%$", re.MULTILINE)
+    r"tokens/s:\d+ mfu:\d+\.\d%$",
+    re.MULTILINE,
+)
 LIMIT = 300  # seconds after which a hanging process is a failure
 
 
 # ---- Data, and ways to run a script -------------------------------------------------------------
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
@@ -40,10 +65,17 @@ def data(tmp_path_factory) -> Path:
     texts, talks = [], []
     for i in range(600):
         sum_ = i + i % 7
-        texts.append(f"def add_{i}(x):\n    return x + {i}\n" if i % 3 == 0
-                     else f"第{i}课：今天学习把{i}和{i % 7}相加，答案是{sum_}。")
-        talks.append([{"role": "user", "content": f"{i}+{i % 7}=?"},
-                      {"role": "assistant", "content": f"答案是{sum_}。"}])
+        texts.append(
+            f"def add_{i}(x):\n    return x + {i}\n"
+            if i % 3 == 0
+            else f"第{i}课：今天学习把{i}和{i % 7}相加，答案是{sum_}。"
+        )
+        talks.append(
+            [
+                {"role": "user", "content": f"{i}+{i % 7}=?"},
+                {"role": "assistant", "content": f"答案是{sum_}。"},
+            ]
+        )
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in texts])
     write_jsonl(folder / "talks.jsonl", [{"conversations": talk} for talk in talks])
     return folder
@@ -64,8 +96,15 @@ def start(arguments: list[str], folder: Path, launcher: tuple[str, ...] = (), **
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, *arguments], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", **options)
+        [sys.executable, *launcher, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -91,6 +130,7 @@ def interrupt(process: subprocess.Popen, signal_number: int, log_lines: int = 1)
 @pytest.fixture
 def run_here(monkeypatch, tmp_path, capfd):
     """Run a script inside this process, in tmp_path; returns (what ended it or None, output)."""
+
     def run(arguments: list[str]) -> tuple[object, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", arguments)
@@ -102,6 +142,7 @@ def run_here(monkeypatch, tmp_path, capfd):
         except SystemExit as end:
             code = end.code
         return code, "".join(capfd.readouterr())
+
     return run
 
 
@@ -126,6 +167,7 @@ def whole_run(data, tmp_path_factory) -> tuple[Path, str]:
 
 
 # ---- A run from beginning to end ----------------------------------------------------------------
+
 
 def test_log_is_the_specifications(whole_run):
     _, output = whole_run
@@ -152,7 +194,11 @@ def test_files_of_a_run(whole_run):
     events = {name for name in files if name.startswith("tensorboard/pretrain/events")}
     assert len(events) == 1
     assert files - events == {
-        "pretrain_256.pth", "pretrain_256.resume.pth", "loss_pretrain.json", "loss_pretrain.png"}
+        "pretrain_256.pth",
+        "pretrain_256.resume.pth",
+        "loss_pretrain.json",
+        "loss_pretrain.png",
+    }
     assert (out / "loss_pretrain.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in whole_run[0].iterdir()} == {"out", "dataset"}  # rows' cache
 
@@ -161,7 +207,8 @@ def test_files_of_a_run(whole_run):
     log = EventAccumulator(str(out / "tensorboard/pretrain")).Reload()
     assert [event.step for event in log.Scalars("loss")] == list(range(12))
     assert [event.value for event in log.Scalars("loss")] == pytest.approx(
-        list(losses(whole_run[0]).values()))
+        list(losses(whole_run[0]).values())
+    )
 
 
 def test_weights_are_a_plain_state_dict(whole_run):
@@ -175,7 +222,8 @@ def test_weights_are_a_plain_state_dict(whole_run):
 
 
 def test_the_same_seed_gives_the_same_weights_and_keeps_the_earlier_ones(
-        whole_run, data, tmp_path, run_here):
+    whole_run, data, tmp_path, run_here
+):
     shutil.copytree(whole_run[0] / "out", tmp_path / "out")
     earlier = whole_run[0] / "out/pretrain_256.pth"
     code, output = run_here(command(data))
@@ -193,6 +241,7 @@ def test_the_same_seed_gives_the_same_weights_and_keeps_the_earlier_ones(
 
 
 # ---- Stopped, killed, continued -----------------------------------------------------------------
+
 
 def test_interrupted_and_resumed_equals_uninterrupted(whole_run, data, tmp_path):
     folder = tmp_path
@@ -213,7 +262,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole_run, data, tmp_path)
 
 
 def test_a_power_cut_between_two_log_lines_leaves_no_gap(
-        whole_run, data, tmp_path, run_here, monkeypatch):
+    whole_run, data, tmp_path, run_here, monkeypatch
+):
     """The run dies right after the save at step 9, when steps 6 to 8 have had no log line yet."""
     save = Saver.save
 
@@ -312,6 +362,7 @@ def test_two_processes_learn_what_one_does_in_float32(data, tmp_path):
 
 # ---- What goes wrong ----------------------------------------------------------------------------
 
+
 def assert_one_line(message: object, pattern: str) -> None:
     assert isinstance(message, str), message
     assert re.search(pattern, message), message
@@ -320,13 +371,18 @@ def assert_one_line(message: object, pattern: str) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(whole_run, data, tmp_path):
     shutil.copytree(whole_run[0] / "out", tmp_path / "out")
-    process = start(command(data, "--learning_rate", "1e30", "--dtype", "float32",
-                            "--save_every", "1"), tmp_path)
+    process = start(
+        command(data, "--learning_rate", "1e30", "--dtype", "float32", "--save_every", "1"),
+        tmp_path,
+    )
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 1, output
     last = output.strip().splitlines()[-1]
-    found = re.search(r"train_pretrain.py: the loss is not finite at step (\d+); .* lines "
-                      r"([\d, ]+) of \S*text.jsonl; the last good weights are in (\S+)\.", last)
+    found = re.search(
+        r"train_pretrain.py: the loss is not finite at step (\d+); .* lines "
+        r"([\d, ]+) of \S*text.jsonl; the last good weights are in (\S+)\.",
+        last,
+    )
     assert found, output
     assert int(found[1]) < 12
     assert all(1 <= int(line) <= 600 for line in found[2].split(","))
@@ -334,26 +390,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole_run, data, tmp_path):
     weights = torch.load(tmp_path / found[3], weights_only=True)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert_same_weights(
-        tmp_path / "out/pretrain_256.previous.pth", whole_run[0] / "out/pretrain_256.pth")
+        tmp_path / "out/pretrain_256.previous.pth", whole_run[0] / "out/pretrain_256.pth"
+    )
 
 
-@pytest.mark.parametrize("options, named", [
-    (["--preset", "huge"], "--preset huge: choose one of 26m, mini"),
-    (["--recipe", "slow"], "--recipe slow: choose one of fast, reference"),
-    (["--dtype", "int8"], "--dtype int8: choose bfloat16 or float32"),
-    (["--compile", "perhaps"], "--compile perhaps: choose"),
-    (["--batch_size", "0"], "--batch_size must be at least 1"),
-    (["--row_length", "70000"], "row_length"),
-    (["--threads", "0"], "--threads must be at least 1"),
-    (["--max_steps", "0"], "--max_steps must be at least 1"),
-    (["--log_every", "-1"], "--log_every must be at least 1"),
-    (["--eval_every", "0"], "--eval_every must be at least 1"),
-    (["--max_minutes", "0"], "--max_minutes must be above 0"),
-    (["--decay_share", "0"], "--decay_share must be above 0"),
-    (["--learning_rate", "nan"], "--learning_rate must be above 0"),
-    (["--learning_rates", "1"], "unknown option --learning_rates"),
-    (["--data", "nowhere.jsonl"], "No such data file: nowhere.jsonl"),
-], ids=lambda value: value[0][2:] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--preset", "huge"], "--preset huge: choose one of 26m, mini"),
+        (["--recipe", "slow"], "--recipe slow: choose one of fast, reference"),
+        (["--dtype", "int8"], "--dtype int8: choose bfloat16 or float32"),
+        (["--compile", "perhaps"], "--compile perhaps: choose"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--row_length", "70000"], "row_length"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--max_steps", "0"], "--max_steps must be at least 1"),
+        (["--log_every", "-1"], "--log_every must be at least 1"),
+        (["--eval_every", "0"], "--eval_every must be at least 1"),
+        (["--max_minutes", "0"], "--max_minutes must be above 0"),
+        (["--decay_share", "0"], "--decay_share must be above 0"),
+        (["--learning_rate", "nan"], "--learning_rate must be above 0"),
+        (["--learning_rates", "1"], "unknown option --learning_rates"),
+        (["--data", "nowhere.jsonl"], "No such data file: nowhere.jsonl"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
 def test_wrong_options_are_told_in_one_line(options, named, data, run_here, tmp_path):
     code, output = run_here(command(data, *options))
     assert_one_line(code, named)
@@ -363,8 +424,11 @@ def test_wrong_options_are_told_in_one_line(options, named, data, run_here, tmp_
 def test_missing_data_names_the_commands(run_here, tmp_path, monkeypatch):
     import dataset.records
 
-    monkeypatch.setattr(dataset.records.pick_data, "__kwdefaults__",
-                        {**dataset.records.pick_data.__kwdefaults__, "data_dir": tmp_path})
+    monkeypatch.setattr(
+        dataset.records.pick_data,
+        "__kwdefaults__",
+        {**dataset.records.pick_data.__kwdefaults__, "data_dir": tmp_path},
+    )
     code, _ = run_here([str(ROOT / "train_pretrain.py"), *TINY])
     assert "No training data" in code
     assert "python -m dataset.starter" in code and "python -m dataset.download" in code
@@ -380,6 +444,7 @@ def test_broken_data_is_named_by_line(run_here, tmp_path, data):
 
 # ---- Other ways to train ------------------------------------------------------------------------
 
+
 def test_sft_starts_from_pretrained_weights(whole_run, data, tmp_path, run_here):
     sft = command(data, "--max_steps", "4", script="train_sft.py")
     code, output = run_here(sft)
@@ -393,7 +458,8 @@ def test_sft_starts_from_pretrained_weights(whole_run, data, tmp_path, run_here)
     assert len(LOG_LINE.findall(output)) == 4
     started = losses(tmp_path, "sft")
     assert {"sft_256.pth", "sft_256.resume.pth", "loss_sft.png", "loss_sft.json"} <= {
-        path.name for path in (tmp_path / "out").iterdir()}
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
     weights = torch.load(tmp_path / "out/pretrain_256.pth", weights_only=True)
     torch.save({n: torch.zeros_like(x) for n, x in weights.items()}, tmp_path / "zeros.pth")

@@ -1,4 +1,5 @@
 """The parts of `training/`, each against torch's own function or a loop written out in the test."""
+
 import errno
 import json
 import math
@@ -29,8 +30,12 @@ MUON = Recipe(muon=True, learning_rate=0.02, adam_learning_rate=3e-3)
 def small_model(dtype: torch.dtype = torch.float32, vocab_size: int = 96) -> YuanMengModel:
     torch.manual_seed(0)
     config = YuanMengConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return YuanMengModel(config).to(dtype)
 
@@ -45,6 +50,7 @@ def give_gradients(model: torch.nn.Module, seed: int, size: float = 1.0) -> dict
 
 
 # ---- Attention ----------------------------------------------------------------------------------
+
 
 def segments_with_padding(T: int) -> torch.Tensor:
     """Three rows: several documents; one, then padding; one whole."""
@@ -97,6 +103,7 @@ def test_compiled_attention_equals_eager():
 
 # ---- Loss ---------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 @pytest.mark.parametrize("chunk_size", [4, 5, 10, 64])
 def test_chunked_cross_entropy_equals_torchs(ignored, chunk_size):
@@ -113,14 +120,17 @@ def test_chunked_cross_entropy_equals_torchs(ignored, chunk_size):
         return [loss.detach(), *(x.grad for x in inputs)]
 
     ours = loss_and_gradients(
-        lambda h, head: chunked_cross_entropy(h, head, targets, scale, chunk_size=chunk_size))
+        lambda h, head: chunked_cross_entropy(h, head, targets, scale, chunk_size=chunk_size)
+    )
     right = loss_and_gradients(
-        lambda h, head: cross_entropy(h @ head.t(), targets, reduction="sum") * scale)
+        lambda h, head: cross_entropy(h @ head.t(), targets, reduction="sum") * scale
+    )
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 # ---- Optimizer ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64), (5, 48, 16), (2, 3, 16, 40)])
 def test_newton_schulz_makes_singular_values_nearly_one(shape):
@@ -135,10 +145,15 @@ def test_without_muon_equals_adamw_on_float32_copies():
     model = small_model(torch.bfloat16)
     optimizer = MasterOptimizer(model, ADAMW)
     copies = {n: p.detach().float().requires_grad_() for n, p in model.named_parameters()}
-    reference = torch.optim.AdamW([
-        dict(params=[p for p in copies.values() if p.dim() == 2], weight_decay=ADAMW.weight_decay),
-        dict(params=[p for p in copies.values() if p.dim() != 2], weight_decay=0.0),
-    ], betas=ADAMW.betas)
+    reference = torch.optim.AdamW(
+        [
+            dict(
+                params=[p for p in copies.values() if p.dim() == 2], weight_decay=ADAMW.weight_decay
+            ),
+            dict(params=[p for p in copies.values() if p.dim() != 2], weight_decay=0.0),
+        ],
+        betas=ADAMW.betas,
+    )
     for step, size in enumerate([1.0, 1e-4, 1.0, 1e-3]):  # clipped, not clipped, …
         for name, gradient in give_gradients(model, step, size).items():
             copies[name].grad = gradient
@@ -184,7 +199,8 @@ def test_muon_equals_a_plain_one_for_each_matrix():
         optimizer.step(1.0)
     adam = {n: first[n].clone().requires_grad_() for n in first if not is_matrix(n, first[n])}
     reference = torch.optim.AdamW(
-        adam.values(), lr=MUON.adam_learning_rate, betas=MUON.betas, weight_decay=0.0)
+        adam.values(), lr=MUON.adam_learning_rate, betas=MUON.betas, weight_decay=0.0
+    )
     for step in range(4):
         for name, weight in adam.items():
             weight.grad = history[name][step]
@@ -228,7 +244,8 @@ def test_updates_too_small_for_bfloat16_add_up():
         after_one = weight.detach().clone() if step == 0 else after_one
     assert torch.equal(after_one, torch.ones_like(weight))
     torch.testing.assert_close(
-        weight.detach().float(), torch.full_like(weight, 0.99).float(), atol=4e-3, rtol=0)
+        weight.detach().float(), torch.full_like(weight, 0.99).float(), atol=4e-3, rtol=0
+    )
     assert (weight < 1).all()
 
 
@@ -280,10 +297,17 @@ def test_optimizer_refuses_anothers_state():
 
 # ---- Schedule -----------------------------------------------------------------------------------
 
+
 def test_reference_schedule_prints_the_specifications_log():
-    log = {0: "0.000550000000", 100: "0.000549993674", 200: "0.000549974695",
-           300: "0.000549943065", 400: "0.000549898786", 500: "0.000549841859",
-           600: "0.000549772287"}
+    log = {
+        0: "0.000550000000",
+        100: "0.000549993674",
+        200: "0.000549974695",
+        300: "0.000549943065",
+        400: "0.000549898786",
+        500: "0.000549841859",
+        600: "0.000549772287",
+    }
     assert {step: f"{5e-4 * reference_cosine(step / 44160):.12f}" for step in log} == log
     assert reference_cosine(1.0) == pytest.approx(0.1)
 
@@ -301,12 +325,18 @@ def test_trapezoid_rises_stays_and_falls():
 
 # ---- Bits per byte, packing ---------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TOKENIZER_DIR)
 
 
-TEXTS = ["床前明月光，疑是地上霜。", "def f(x):\n    return x + 1  # 🙂\n", "Grüße, \u0000 and 123.", "缘"]
+TEXTS = [
+    "床前明月光，疑是地上霜。",
+    "def f(x):\n    return x + 1  # 🙂\n",
+    "Grüße, \u0000 and 123.",
+    "缘",
+]
 
 
 def test_token_byte_lengths_add_up_to_the_text(tokenizer):
@@ -386,7 +416,8 @@ def test_packed_loss_equals_that_of_the_documents_alone(attend, tokenizer, full_
     h_BTD = full_model.hidden_states(full_model.tok_embeddings(x), torch.arange(70)[None], segments)
     targets = int((y >= 0).sum())
     loss = chunked_cross_entropy(
-        h_BTD.flatten(0, 1), full_model.tok_embeddings.weight, y.flatten(), 1 / targets)
+        h_BTD.flatten(0, 1), full_model.tok_embeddings.weight, y.flatten(), 1 / targets
+    )
     assert targets == sum(len(ids) - 1 for ids in documents)
     assert loss.item() == pytest.approx(sum(nats) / targets, rel=1e-5)
 
@@ -394,8 +425,10 @@ def test_packed_loss_equals_that_of_the_documents_alone(attend, tokenizer, full_
 def test_rows_of_a_file_give_the_loss_of_its_documents(tokenizer, full_model, tmp_path):
     """From JSONL to loss through `prepare_rows`: SFT never splits a document, so sums are equal."""
     data = tmp_path / "sft.jsonl"
-    conversations = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-                     for text in TEXTS]
+    conversations = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        for text in TEXTS
+    ]
     data.write_text("".join(f"{json_line(messages)}\n" for messages in conversations), "utf-8")
     rows = prepare_rows(data, "sft", TOKENIZER_DIR, 128, cache_dir=tmp_path).train
     alone = small_model(vocab_size=len(tokenizer)).eval()
@@ -403,7 +436,8 @@ def test_rows_of_a_file_give_the_loss_of_its_documents(tokenizer, full_model, tm
     for messages in conversations:
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
         prompt = tokenizer.apply_chat_template(
-            messages[:1], return_dict=False, add_generation_prompt=True)
+            messages[:1], return_dict=False, add_generation_prompt=True
+        )
         with torch.no_grad():
             logits = alone(torch.tensor([ids])).logits[0]
         answer = slice(len(prompt), ids.index(2, len(prompt)) + 1)  # with its </s>
@@ -415,7 +449,8 @@ def test_rows_of_a_file_give_the_loss_of_its_documents(tokenizer, full_model, tm
     num_bytes = sum(len(text.encode()) for text in TEXTS)
     assert len(rows) < len(TEXTS)  # they were packed
     assert bits_per_byte(full_model, rows, lengths, World()) == pytest.approx(
-        expected / math.log(2) / num_bytes, rel=1e-5)
+        expected / math.log(2) / num_bytes, rel=1e-5
+    )
 
 
 def json_line(messages: list[dict]) -> str:
@@ -423,6 +458,7 @@ def json_line(messages: list[dict]) -> str:
 
 
 # ---- Files --------------------------------------------------------------------------------------
+
 
 def test_atomic_write_replaces_whole(tmp_path):
     path = tmp_path / "new folder" / "file.txt"
@@ -533,8 +569,10 @@ def test_load_file_refuses_what_is_no_checkpoint_and_runs_no_code(tmp_path):
     torch.save({"x": torch.ones(1000)}, good)
     whole = good.read_bytes()
     bad = {
-        "truncated.pth": whole[: len(whole) // 2], "empty.pth": b"",
-        "text.pth": "{'x': 1}\n第二行".encode(), "pickle.pth": pickle.dumps(Hostile(proof), 2),
+        "truncated.pth": whole[: len(whole) // 2],
+        "empty.pth": b"",
+        "text.pth": "{'x': 1}\n第二行".encode(),
+        "pickle.pth": pickle.dumps(Hostile(proof), 2),
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
