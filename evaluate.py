@@ -125,8 +125,12 @@ def is_right(item: dict, reply: str) -> bool:
 
 
 def loops(reply: str, ended: bool) -> bool:
-    """Whether a reply runs in circles: it never ends, or says something three times in a row."""
-    return not ended or re.search(r"(.{2,}?)\1\1", reply, re.DOTALL) is not None
+    """Whether a reply runs in circles: it never ends, or says something three times in a row.
+
+    A number may have as many zeros as it likes.
+    """
+    repeated = re.finditer(r"(.{2,}?)\1\1", reply, re.DOTALL)
+    return not ended or any(not match[1].isdigit() for match in repeated)
 
 
 def read_tasks(settings: Settings) -> dict[str, list[dict]]:

@@ -45,14 +45,13 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), path.resolve().name.removesuffix(".pth")
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a `.pth` file, on the CPU.
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a `.pth` file, on the CPU; weights only, so that no code in it can run.
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: the file is truncated, or holds something else than named tensors.
+        WeightsError: the file is truncated, or holds something else.
     """
-    path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -64,6 +63,16 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(state, dict) or not state:
         raise WeightsError(f"{path} holds a {type(state).__name__}, not a model's weights")
+    return state
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a `.pth` file, on the CPU.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `read_checkpoint`, or not all entries are tensors.
+    """
+    state = read_checkpoint(path)
     foreign = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if foreign:
         raise WeightsError(

@@ -92,24 +92,3 @@ def keep_previous(path: Path) -> None:
             os.link(path, previous)  # the save renames over `path`; this name keeps the old file
         except OSError:  # a file system without hard links
             shutil.copy2(path, previous)
-
-
-def load_file(path: Path) -> dict:
-    """Read a checkpoint; weights only, never code.
-
-    Raises:
-        ValueError: the file is truncated or is no checkpoint.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from error
-    except Exception as error:  # pickle.UnpicklingError: foreign or hostile content
-        raise ValueError(f"{path}: is no checkpoint of ours ({first_line(error)})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: is no checkpoint of ours (it holds a {type(state).__name__})")
-    return state
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

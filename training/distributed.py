@@ -7,6 +7,7 @@ count) travel over gloo between CPUs, so that they never make a GPU wait.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -62,9 +63,10 @@ def join_world() -> World:
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    # The others wait while the main process tokenises, which takes long for a large file.
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
     return world

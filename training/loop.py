@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from model import YuanMengModel
+from model.loading import read_checkpoint
 from training.attention import block_causal_attention, packed_sdpa_attention
-from training.checkpoint import Saver, keep_previous, load_file, model_weights
+from training.checkpoint import Saver, keep_previous, model_weights
 from training.distributed import World
 from training.evaluation import bits_per_byte, token_byte_lengths
 from training.hardware import can_compile, compile_layers, flops_per_token, peak_flops
@@ -104,12 +105,13 @@ class Trainer:
             while self.step < self.total_steps:
                 batch = self._batch(self.step)
                 elapsed = elapsed_before + time.perf_counter() - session_start
-                targets = self._agree(batch, elapsed, stop)
+                targets, tokens = self._agree(batch, elapsed, stop)
                 if self.stopped or self._progress() >= 1:
                     break
                 loss = self._forward_backward(*batch, targets)
                 norm = self._update()
                 self.pending.append((self.step, loss, norm))
+                self.meter.tokens += tokens
                 self.step += 1
                 self._after_step()
         self._log()
@@ -166,10 +168,10 @@ class Trainer:
             return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in batch)
         return batch
 
-    def _agree(self, batch, elapsed: float, stop: dict) -> float:
+    def _agree(self, batch, elapsed: float, stop: dict) -> tuple[float, float]:
         """Share with all processes what must be the same in each: whether to stop, and the time.
 
-        Returns the number of targets in the whole batch.
+        Returns the numbers of targets and of real tokens in the whole batch.
         """
         _, y, segments = batch
         targets, tokens, wants_stop, self.elapsed = self.world.sum_numbers(
@@ -179,8 +181,7 @@ class Trainer:
             elapsed if self.world.is_main else 0.0,
         )
         self.stopped = wants_stop > 0
-        self.meter.count(tokens)
-        return targets
+        return targets, tokens
 
     def _forward_backward(self, x_BT, y_BT, segments_BT, targets: float) -> torch.Tensor:
         """Add a batch's gradients; return its loss, this process's share of it."""
@@ -381,7 +382,7 @@ class Trainer:
         """
         if not self.resume_path.exists():
             raise ValueError(f"{self.resume_path} does not exist: start the run without --resume")
-        state = load_file(self.resume_path)
+        state = read_checkpoint(self.resume_path)
         if state.get("stage") != self.stage or "optimizer" not in state:
             raise ValueError(f"{self.resume_path}: is no resume state of the {self.stage} stage")
         ours, saved = self.fingerprint(), state["fingerprint"]
@@ -409,9 +410,6 @@ class Meter:
 
     def __init__(self):
         self.tokens, self.start = 0.0, time.perf_counter()
-
-    def count(self, tokens: float) -> None:
-        self.tokens += tokens
 
     @contextmanager
     def pause(self):
