@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from dataset.rows import prepare_rows
 from model import TOKENIZER_DIR, YuanMengConfig, YuanMengModel
+from model.loading import read_checkpoint
 from training.attention import block_causal_attention, packed_sdpa_attention
-from training.checkpoint import Saver, SaveError, keep_previous, load_file, model_weights
+from training.checkpoint import Saver, SaveError, keep_previous, model_weights
 from training.distributed import World
 from training.evaluation import bits_per_byte, token_byte_lengths
 from training.files import atomic_write
@@ -279,7 +280,7 @@ def test_optimizer_state_round_trip(recipe, tmp_path):
             optimizer.step(1.0)
     torch.save(optimizer.state_dict(), tmp_path / "state.pth")
     continued = MasterOptimizer(other, recipe)
-    continued.load_state_dict(load_file(tmp_path / "state.pth"))
+    continued.load_state_dict(read_checkpoint(tmp_path / "state.pth"))
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     for m, o in ((model, optimizer), (other, continued)):
@@ -497,11 +498,11 @@ def test_saver_reports_a_failed_write_and_keeps_the_old_file(tmp_path, monkeypat
         saver.save({path: {"x": torch.zeros(3)}})
         with pytest.raises(SaveError, match="could not be written.*No space left"):
             saver.wait()
-    assert torch.equal(load_file(path)["x"], torch.ones(3))
+    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
     saver.save({path: {"x": torch.full((3,), 2.0)}})  # and goes on once there is room
     saver.wait()
-    assert torch.equal(load_file(path)["x"], torch.full((3,), 2.0))
+    assert torch.equal(read_checkpoint(path)["x"], torch.full((3,), 2.0))
 
 
 def test_the_next_save_tells_of_a_failed_one(tmp_path):
@@ -526,7 +527,7 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "_write", write_late)
     saver.save({path: state})
     saver.wait()
-    saved = load_file(path)
+    saved = read_checkpoint(path)
     assert torch.equal(saved["x"], torch.ones(1000))
     assert torch.equal(saved["deep"][0]["x"], torch.ones(10))
     assert torch.equal(saved["deep"][1][0], torch.ones(1000))
@@ -564,7 +565,7 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-def test_load_file_refuses_what_is_no_checkpoint_and_runs_no_code(tmp_path):
+def test_read_checkpoint_refuses_what_is_no_checkpoint_and_runs_no_code(tmp_path):
     good, proof = tmp_path / "good.pth", tmp_path / "code has run"
     torch.save({"x": torch.ones(1000)}, good)
     whole = good.read_bytes()
@@ -578,11 +579,11 @@ def test_load_file_refuses_what_is_no_checkpoint_and_runs_no_code(tmp_path):
         (tmp_path / name).write_bytes(content)
     torch.save({"x": Hostile(proof)}, tmp_path / "hostile.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    for name in [*bad, "hostile.pth", "list.pth", "missing.pth"]:
+    for name in [*bad, "hostile.pth", "list.pth"]:
         with pytest.raises(ValueError, match=name) as caught:
-            load_file(tmp_path / name)
+            read_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not proof.exists()
     pickle.loads(pickle.dumps(Hostile(proof)))  # the trap works: loaded carelessly, it would
     assert proof.exists()
-    assert torch.equal(load_file(good)["x"], torch.ones(1000))
+    assert torch.equal(read_checkpoint(good)["x"], torch.ones(1000))
