@@ -204,13 +204,13 @@ class Trainer:
         if (self.step + 1) % self.settings.accumulation_steps:
             return None
         self.world.sum_(self.optimizer.gradients_flat)
-        return self.optimizer.step(self._rate(self._progress()))
+        return self.optimizer.step(self._rate(self.step, self._progress()))
 
-    def _rate(self, progress: float) -> float:
-        """The learning rate as a factor of its peak."""
+    def _rate(self, step: int, progress: float) -> float:
+        """The learning rate of a step as a factor of its peak."""
         if self.settings.recipe == "reference":
             return reference_cosine(progress)
-        return trapezoid(progress, self.step, self.settings.warmup_steps, self.settings.decay_share)
+        return trapezoid(progress, step, self.settings.warmup_steps, self.settings.decay_share)
 
     def _progress(self) -> float:
         """How much of the run is over, by steps or by the clock, whichever is further."""
@@ -295,23 +295,28 @@ class Trainer:
         if not self.pending:
             return
         self._check()
-        losses = self.world.sum_(
-            torch.stack([loss.float() for _, loss, _ in self.pending])
-        ).tolist()
-        steps, self.pending = [step for step, _, _ in self.pending], []
-        speed, seconds_per_step = self.meter.read(len(steps))
-        rate = self.recipe.learning_rate * self._rate(steps[-1] / self._expected_steps())
-        epoch, position = divmod(steps[-1], self.steps_per_epoch)
+        points, self.pending = self._pending_losses(), []
+        step, loss = points[-1]
+        speed, seconds_per_step = self.meter.read(len(points))
+        rate = self.recipe.learning_rate * self._rate(step, step / self._expected_steps())
+        epoch, position = divmod(step, self.steps_per_epoch)
         epoch_steps = min(self.steps_per_epoch, self._expected_steps())
         remaining = seconds_per_step * max(0, epoch_steps - position - 1) / 60
         if self.world.is_main:
-            for step, loss in zip(steps, losses, strict=True):
-                self.reporter.record("loss", step, loss, lr=rate, tokens_per_second=speed)
+            for number, value in points:
+                self.reporter.record("loss", number, value, lr=rate, tokens_per_second=speed)
         self.reporter.say(
             f"Epoch:[{epoch + 1}/{self.settings.epochs}]({position}/{epoch_steps}) "
-            f"loss:{losses[-1]:.3f} lr:{rate:.12f} epoch_time:{remaining:.1f}min "
+            f"loss:{loss:.3f} lr:{rate:.12f} epoch_time:{remaining:.1f}min "
             f"tokens/s:{speed:.0f} mfu:{speed * self.flops_share:.1%}"
         )
+
+    def _pending_losses(self) -> list[list]:
+        """[step, loss] of each step since the last log line, all processes' shares added up."""
+        if not self.pending:
+            return []
+        losses = self.world.sum_(torch.stack([loss.float() for _, loss, _ in self.pending]))
+        return [[step, x] for (step, _, _), x in zip(self.pending, losses.tolist(), strict=True)]
 
     def _evaluate(self, max_rows: int) -> None:
         self.last_eval = self.step
@@ -354,6 +359,13 @@ class Trainer:
     def save(self, wait: bool, finished: bool = False) -> None:
         """Save weights and resume state; in the background unless `wait`."""
         self._check()
+        if self.step % self.settings.accumulation_steps:
+            # The main process takes over what all have gathered; only it writes and reads a state.
+            self.world.sum_(self.optimizer.gradients_flat)
+            if not self.world.is_main:
+                self.optimizer.gradients_flat.zero_()
+        history = self.reporter.history
+        history = {**history, "loss": history["loss"] + self._pending_losses()}
         if self.world.is_main:
             if not self.resumed:
                 keep_previous(self.weights_path)
@@ -366,7 +378,7 @@ class Trainer:
                 "finished": finished,
                 "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
-                "history": self.reporter.history,
+                "history": history,
             }
             self.saver.save({self.resume_path: state, self.weights_path: model_weights(self.model)})
             if wait:
@@ -397,6 +409,8 @@ class Trainer:
                 "Set it back, or start anew without --resume."
             )
         self.optimizer.load_state_dict(state["optimizer"])
+        if not self.world.is_main:
+            self.optimizer.gradients_flat.zero_()
         torch.set_rng_state(state["random"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.reporter.history = state["history"]

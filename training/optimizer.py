@@ -10,7 +10,7 @@ Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogona
 few Newton-Schulz steps in bfloat16: every direction of the update gets the same length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -32,6 +32,15 @@ class Recipe:
     momentum: float = 0.95
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
+
+    def with_learning_rate(self, learning_rate: float) -> "Recipe":
+        """The same recipe with another peak; AdamW's beside Muon keeps its ratio to it."""
+        ratio = learning_rate / self.learning_rate
+        return replace(
+            self,
+            learning_rate=learning_rate,
+            adam_learning_rate=self.adam_learning_rate * ratio,
+        )
 
 
 def newton_schulz(G: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -21,7 +21,9 @@ class TrainSettings:
     recipe: str = option(
         "fast", "fast (Muon, packed, small updates) or reference (the specification's)"
     )
-    learning_rate: float | None = option(None, "peak; default: the recipe's")
+    learning_rate: float | None = option(
+        None, "peak; default: the recipe's (fast: Muon's; AdamW's is scaled alike)"
+    )
     epochs: int = option(1, "passes over the data")
     max_steps: int | None = option(None, "stop after so many steps, the schedule ending there")
     max_minutes: float | None = option(None, "stop after so long, the schedule ending there")

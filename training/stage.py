@@ -81,8 +81,7 @@ def train_stage(
         load_weights(model, settings)
     model.to(device, getattr(torch, settings.dtype))
 
-    recipe = recipes[settings.recipe]
-    recipe.learning_rate = settings.learning_rate
+    recipe = recipes[settings.recipe].with_learning_rate(settings.learning_rate)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
     trainer = Trainer(settings, stage, recipe, model, rows, tokenizer, world)
     say = trainer.reporter.say
