@@ -100,7 +100,7 @@ class MasterOptimizer:
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def _matrix_groups(self, is_matrix: dict[str, bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(weights, gradients) of each matrix shape: views [n, rows, columns] of the flat tensors."""
+        """(weights, gradients) per matrix shape: views [n, rows, columns] of the flat tensors."""
         shapes = [
             p.shape for name, p in zip(self.names, self.parameters, strict=True) if is_matrix[name]
         ]
