@@ -21,7 +21,7 @@ from transformers import GenerationConfig, HfArgumentParser
 
 from model import PRESETS, TOKENIZER_DIR
 from model.loading import find_weights, load_model, load_tokenizer
-from training.files import flush_folder
+from training.files import flush_folder, usual_permissions
 from training.settings import option
 
 
@@ -30,7 +30,7 @@ class Settings:
     """What to convert, and where to."""
 
     model: str | None = option(None, "weights to convert; default: those model_chat.py would use")
-    output_dir: str | None = option(None, "folder; default: Yuanmeng_Models/yuanmeng-PRESET-instruct")
+    output_dir: str | None = option(None, "default: Yuanmeng_Models/yuanmeng-PRESET-instruct")
     dtype: str = option("bfloat16", "of the saved weights: bfloat16 or float32")
 
 
@@ -63,6 +63,7 @@ def main() -> None:
             tokenizer.save_pretrained(temporary)
             output.mkdir(exist_ok=True)
             for file in sorted(Path(temporary).iterdir()):
+                usual_permissions(file)
                 os.replace(file, output / file.name)
             flush_folder(output)
     except OSError as error:
