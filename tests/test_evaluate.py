@@ -77,7 +77,8 @@ def test_continuation_losses_equal_one_by_one(model, tokenizer):
     losses = evaluate.continuation_losses(model, pairs, batch_size=2)
     for (context, continuation), loss in zip(pairs, losses, strict=True):
         with torch.no_grad():
-            log_probabilities = model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+            logits = model(torch.tensor([context + continuation])).logits[0]
+        log_probabilities = logits.log_softmax(-1)
         expected = -sum(
             log_probabilities[len(context) - 1 + i, token].item()
             for i, token in enumerate(continuation)
