@@ -139,14 +139,21 @@ class Trainer:
         self.reporter.show_progress(self.step, self._expected_steps())
         if self.step % self.settings.save_every == 0:
             self.save(wait=False)
-        # Between two of them lies enough training for them to take about a twentieth of the time.
-        rest = 10 * self.settings.eval_rows / self.batch_size
-        if self._eval_position() >= self.next_eval and (
-            self.settings.eval_every or self.step - self.last_eval >= rest
-        ):
+        if self._eval_is_due():
             with self.meter.pause():
                 self._evaluate(self.settings.eval_rows)
             self.next_eval += self._eval_interval()
+
+    def _eval_is_due(self) -> bool:
+        """Whether it is time for a held-out loss on the way; the one at the end comes anyway.
+
+        Unless the user set an interval, enough training lies between two of them for them to take
+        about a twentieth of the time.
+        """
+        if self.step == self.total_steps or self._eval_position() < self.next_eval:
+            return False
+        steps_between = 10 * self.settings.eval_rows / self.batch_size
+        return bool(self.settings.eval_every) or self.step - self.last_eval >= steps_between
 
     # -- one step ------------------------------------------------------------------------------
 
