@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, HfArgumentParser
 
-from dataset.records import BrokenData, pick_data
+from dataset.records import BrokenData, pick_data, shown
 from dataset.rows import prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
 from model.loading import load_model
@@ -88,7 +88,7 @@ def train_stage(
     millions = model.num_unique_parameters() / 1e6
     say(f"The total number of parameters in the YuanMeng model is: {millions:.3f} million")
     say(
-        f"Training on {data}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
+        f"Training on {shown(data)}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
     if settings.resume and not trainer.resume():
