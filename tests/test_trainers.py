@@ -325,7 +325,7 @@ def test_resume_names_a_missing_or_broken_state(data, tmp_path, run_here):
     assert_one_line(code, "pretrain_256.resume.pth does not exist.*without --resume")
     (tmp_path / "out/pretrain_256.resume.pth").write_bytes(b"PK\x03\x04 half a file")
     code, _ = run_here(command(data, "--resume"))
-    assert_one_line(code, "pretrain_256.resume.pth: ")
+    assert_one_line(code, "pretrain_256.resume.pth is truncated")
 
 
 # ---- Several processes --------------------------------------------------------------------------
