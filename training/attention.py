@@ -3,7 +3,8 @@
 A causal mask throws half of a T×T product away, and torch's CPU kernel computes it anyway. Here the
 queries are cut into blocks and each block multiplies only the keys up to its own end. All query
 heads that share a key/value head are laid under one another, so that one product serves them all.
-Compiled, this was measured 2.4 times faster than SDPA at T = 512 (`benchmarks/`, docs/log.md).
+Compiled, a whole step of the mini preset then takes 0.58 of its time with SDPA; not compiled, 0.92
+(`python -m benchmarks.step`).
 """
 
 import torch
