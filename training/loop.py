@@ -108,7 +108,7 @@ class Trainer:
                 targets, tokens = self._agree(batch, elapsed, stop)
                 if self.stopped or self._progress() >= 1:
                     break
-                loss = self._forward_backward(*batch, targets)
+                loss = self._forward_backward(*self._to_device(batch), targets)
                 norm = self._update()
                 self.pending.append((self.step, loss, norm))
                 self.meter.tokens += tokens
@@ -170,7 +170,10 @@ class Trainer:
     def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This process's share of a step's batch: tokens, targets and segments, each [B, T]."""
         indices = self._indices(step)[self.world.rank :: self.world.size]
-        batch = self.rows.train.batch(indices)
+        return self.rows.train.batch(indices)
+
+    def _to_device(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The batch where the network is; to a GPU it travels while the GPU still computes."""
         if self.device.type == "cuda":
             return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in batch)
         return batch
@@ -251,7 +254,7 @@ class Trainer:
         self._use_compiled(wanted)
         if wanted:
             try:
-                self._forward_backward(*self._batch(self.step), targets=1)
+                self._forward_backward(*self._to_device(self._batch(self.step)), targets=1)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.reporter.say(
                     f"torch.compile failed ({type(error).__name__}): training without it."
