@@ -114,10 +114,11 @@ class Trainer:
                 self.meter.tokens += tokens
                 self.step += 1
                 self._after_step()
-        self._log()
-        if not self.stopped:
-            self._evaluate(self.settings.final_eval_rows)
-        self.save(wait=True, finished=not self.stopped)
+            # Still inside: a Ctrl-C now must not cost the steps since the last save.
+            self._log()
+            if not self.stopped:
+                self._evaluate(self.settings.final_eval_rows)
+            self.save(wait=True, finished=not self.stopped)
         self.reporter.draw()
         self.reporter.close()
         if self.stopped:
