@@ -15,14 +15,15 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import GenerationConfig
 
 from model import PRESETS, TOKENIZER_DIR
 from model.loading import find_weights, load_model, load_tokenizer
 from training.files import flush_folder, usual_permissions
-from training.settings import option
+from training.settings import option, parse_settings
 
 
 @dataclass
@@ -31,11 +32,11 @@ class Settings:
 
     model: str | None = option(None, "weights to convert; default: those model_chat.py would use")
     output_dir: str | None = option(None, "default: Yuanmeng_Models/yuanmeng-PRESET-instruct")
-    dtype: str = option("bfloat16", "of the saved weights: bfloat16 or float32")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the saved weights")
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    settings = parse_settings(Settings)
     try:
         path = find_weights("sft", settings.model)
         model, _ = load_model(path, dtype=getattr(torch, settings.dtype))

@@ -23,12 +23,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from model import TOKENIZER_DIR, YuanMengModel
 from model.loading import find_weights, load_model, load_tokenizer
 from training.files import atomic_write
-from training.settings import option
+from training.settings import option, parse_settings
 
 
 @dataclass
@@ -140,9 +139,12 @@ def read_tasks(settings: Settings) -> dict[str, list[dict]]:
         sys.exit(f"{path} does not exist: `python -m dataset.starter` makes it")
     tasks: dict[str, list[dict]] = defaultdict(list)
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            item = json.loads(line)
-            tasks[item["task"]].append(item)
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                tasks[item["task"]].append(item)
+            except (ValueError, KeyError, TypeError):
+                sys.exit(f"{path}:{number}: is no task; `python -m dataset.starter` makes the file")
     wanted = list(tasks) if settings.tasks == "all" else settings.tasks.split(",")
     for name in wanted:
         if name not in tasks:
@@ -215,7 +217,7 @@ def rate_columns(right: int, total: int) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    settings = parse_settings(Settings)
     try:
         path = find_weights("sft", settings.model)
         model, name = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from model import MINI_DIR, TOKENIZER_DIR, YuanMengModel
 from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
 from model.loading import choose_dtype, find_weights, load_model, load_tokenizer
+from training.settings import parse_settings
 
 
 @dataclass
@@ -182,7 +183,7 @@ def main() -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  (gives input() a history and line editing)
-    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    settings = parse_settings(Settings)
     try:
         stage = "sft" if settings.mode else "pretrain"
         path = find_weights(stage, settings.model, settings.preset)

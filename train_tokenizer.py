@@ -22,10 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.sampling import Sample, sample_texts
 from training.files import flush_folder
+from training.settings import parse_settings
 from training.tokenizer_report import find_faults, print_report, text_kind
 
 
@@ -158,8 +159,7 @@ def load_previous(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
+    settings = parse_settings(Settings)
     output_dir = Path(settings.output_dir)
     previous = load_previous(output_dir)
 

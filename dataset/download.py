@@ -20,9 +20,9 @@ import requests
 from modelscope_hub import HubApi
 from modelscope_hub.errors import FileIntegrityError, HubError, NotExistError
 from modelscope_hub.types import FileInfo
-from transformers import HfArgumentParser
 
 from dataset.records import DATA_DIR, DATA_FILES, shown
+from training.settings import parse_settings
 
 REPOSITORY = "gongjy/minimind_dataset"
 STARTER_HINT = "Without ModelScope, build the offline corpus instead: python -m dataset.starter"
@@ -131,8 +131,7 @@ def _reason(error: BaseException) -> str:
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(
-        DownloadSettings, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
+    settings = parse_settings(DownloadSettings)
     try:
         download(settings)
     except DownloadError as error:

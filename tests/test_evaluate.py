@@ -154,3 +154,20 @@ def test_conversion_keeps_the_model(model, tokenizer, tmp_path):
     assert again.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False) == (
         tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False)
     )
+
+
+@pytest.mark.parametrize(
+    "script", ["evaluate.py", "convert_to_transformers.py", "model_chat.py", "train_tokenizer.py"]
+)
+def test_an_unknown_option_is_one_line(script):
+    run = subprocess.run(
+        [sys.executable, ROOT / script, "--no_such_option", "1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip() == (
+        f"{script}: unknown option --no_such_option; --help lists them"
+    )

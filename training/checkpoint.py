@@ -44,10 +44,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def save(self, files: dict[Path, dict]) -> None:
         """Start writing each `path: state`, after the save before it has ended.
 

@@ -1,11 +1,25 @@
 """The settings that both trainers share; each stage script derives its own from them."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
 
 
 def option(default, help: str):
     """A dataclass field that `--help` explains."""
     return field(default=default, metadata={"help": help})
+
+
+def parse_settings(settings_class: type):
+    """The settings that the command line gives; an option that does not exist ends in one line."""
+    parser = HfArgumentParser(settings_class, usage="%(prog)s [options]; --help lists them")
+    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script}: unknown option {unknown[0]}; --help lists them")
+    return settings
 
 
 @dataclass

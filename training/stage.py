@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from dataset.records import BrokenData, pick_data, shown
 from dataset.rows import prepare_rows
@@ -17,7 +17,7 @@ from training.distributed import World, join_world
 from training.hardware import choose_device, set_threads
 from training.loop import NonFiniteLoss, Trainer
 from training.optimizer import Recipe
-from training.settings import TrainSettings
+from training.settings import TrainSettings, parse_settings
 
 STOPPED = 130  # exit status of a run that was asked to stop, as a shell has it after Ctrl-C
 # What the user can mend; each message says how. Anything else is our fault and shows its trace.
@@ -38,10 +38,7 @@ def run_stage(
         recipes: by the names that `--recipe` takes.
         load_weights: gives the fresh network the weights it starts from.
     """
-    parser = HfArgumentParser(settings_class, usage="%(prog)s [options]; --help lists them")
-    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        sys.exit(f"train_{stage}.py: unknown option {unknown[0]}; --help lists them")
+    settings = parse_settings(settings_class)
     world = join_world()
     try:
         train_stage(stage, settings, recipes, load_weights, world)
