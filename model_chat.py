@@ -161,9 +161,9 @@ def talk(chat: Chat) -> None:
         else:
             if not interactive:  # nobody typed it on this screen: a transcript needs both sides
                 print(f"🤔: {text}")
-            print("🤖: ", end="", flush=True)
             speed = "interrupted"
             try:
+                print("🤖: ", end="", flush=True)
                 speed = chat.reply(text, lambda piece: print(piece, end="", flush=True))
             except KeyboardInterrupt:
                 if not interactive:

@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
 bash setup.sh
-exec .venv/bin/python -m pytest -q tests "$@"
+# A test that hangs fails after ten minutes and shows where it stood; the slowest takes under one.
+exec .venv/bin/python -m pytest -q --timeout 600 --durations 10 tests "$@"
