@@ -16,7 +16,7 @@ import torch
 
 from model import YuanMengModel
 from model.loading import read_checkpoint
-from training.attention import block_causal_attention, packed_sdpa_attention
+from training.attention import BLOCK_CAUSAL, FLEX, SDPA
 from training.checkpoint import Saver, keep_previous, model_weights
 from training.distributed import World
 from training.evaluation import bits_per_byte, token_byte_lengths
@@ -85,8 +85,13 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         self.log_every = settings.log_every or (100 if on_gpu else 10)
         self.check_every = self.log_every if on_gpu else 1
-        for layer in model.layers:
-            layer.attention.attend = packed_sdpa_attention if on_gpu else block_causal_attention
+        # On a CPU the activations of a few rows stay in the processor's caches; a GPU wants many.
+        rows_here = self.batch_size // world.size
+        most = min(rows_here, settings.part_rows or (rows_here if on_gpu else 4))
+        self.part_rows = next(n for n in range(most, 0, -1) if rows_here % n == 0)
+        # Few tokens at a time keep a CPU's logits small; a GPU wants few launches.
+        self.loss_chunk = 16384 if on_gpu else 1024
+        self.kernel = self.eager_kernel = SDPA if on_gpu else BLOCK_CAUSAL
         self._epoch, self._order = -1, None
 
     # -- the story -----------------------------------------------------------------------------
@@ -98,18 +103,17 @@ class Trainer:
             NonFiniteLoss, checkpoint.SaveError
         """
         session_start, elapsed_before = time.perf_counter(), self.elapsed
-        self._prepare_speed()
+        self.prepare_speed()
         self.meter = Meter()
         self.next_eval = self._eval_interval() + (self._eval_position() if self.step else 0)
         with stop_requests() as stop:
             while self.step < self.total_steps:
-                batch = self._batch(self.step)
+                batch = self.batch(self.step)
                 elapsed = elapsed_before + time.perf_counter() - session_start
                 targets, tokens = self._agree(batch, elapsed, stop)
                 if self.stopped or self._progress() >= 1:
                     break
-                loss = self._forward_backward(*self._to_device(batch), targets)
-                norm = self._update()
+                loss, norm = self.learn(batch, targets)
                 self.pending.append((self.step, loss, norm))
                 self.meter.tokens += tokens
                 self.step += 1
@@ -168,7 +172,7 @@ class Trainer:
         start = position * self.batch_size
         return self._order[start : start + self.batch_size].tolist()
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This process's share of a step's batch: tokens, targets and segments, each [B, T]."""
         indices = self._indices(step)[self.world.rank :: self.world.size]
         return self.rows.train.batch(indices)
@@ -194,24 +198,38 @@ class Trainer:
         self.stopped = wants_stop > 0
         return targets, tokens
 
+    def learn(self, batch, targets: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step on this process's share of a batch: its gradients, and the update if it is due.
+
+        `targets` is their number in the whole batch. Returns this share's loss, and the gradient's
+        norm if the weights were updated.
+        """
+        return self._forward_backward(*self._to_device(batch), targets), self._update()
+
     def _forward_backward(self, x_BT, y_BT, segments_BT, targets: float) -> torch.Tensor:
-        """Add a batch's gradients; return its loss, this process's share of it."""
+        """Add a batch's gradients, part by part; return its loss, this process's share of it."""
         positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
-        h_BTD = self.model.hidden_states(self.model.tok_embeddings(x_BT), positions, segments_BT)
         scale = 1.0 / max(1.0, targets)
-        loss = chunked_cross_entropy(
-            h_BTD.flatten(0, 1),
-            self.model.tok_embeddings.weight,
-            y_BT.flatten(),
-            scale,
-            self.softmax_gradient,
-        )
-        (loss / self.settings.accumulation_steps).backward()
-        return loss.detach()
+        total = torch.zeros((), device=x_BT.device)
+        parts = (tensor.split(self.part_rows) for tensor in (x_BT, y_BT, segments_BT))
+        for x, y, segments in zip(*parts, strict=True):
+            mask = self.kernel.make_mask(segments)
+            h_BTD = self.model.hidden_states(self.model.tok_embeddings(x), positions, mask)
+            loss = chunked_cross_entropy(
+                h_BTD.flatten(0, 1),
+                self.model.tok_embeddings.weight,
+                y.flatten(),
+                scale,
+                self.softmax_gradient,
+                self.loss_chunk,
+            )
+            (loss / self.settings.accumulation_steps).backward()
+            self.optimizer.collect_gradients()
+            total += loss.detach()
+        return total
 
     def _update(self) -> torch.Tensor | None:
         """Update the weights if the accumulation is full; returns the gradient norm then."""
-        self.optimizer.collect_gradients()
         if (self.step + 1) % self.settings.accumulation_steps:
             return None
         self.world.sum_(self.optimizer.gradients_flat)
@@ -241,7 +259,7 @@ class Trainer:
 
     # -- around the steps ----------------------------------------------------------------------
 
-    def _prepare_speed(self) -> None:
+    def prepare_speed(self) -> None:
         """Measure the machine's ceiling; compile if the run is long enough to pay for it."""
         dtype = next(self.model.parameters()).dtype
         peak = peak_flops(self.device, dtype) * self.world.size
@@ -254,16 +272,21 @@ class Trainer:
             wanted = False
         self._use_compiled(wanted)
         if wanted:
+            gradients = self.optimizer.gradients_flat.clone()  # of a resumed accumulation
             try:
-                self._forward_backward(*self._to_device(self._batch(self.step)), targets=1)
+                self._forward_backward(*self._to_device(self.batch(self.step)), targets=1)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.reporter.say(
                     f"torch.compile failed ({type(error).__name__}): training without it."
                 )
                 self._use_compiled(False)
-            self.model.zero_grad(set_to_none=True)  # a rehearsal: nothing is learnt from it
+            self.optimizer.gradients_flat.copy_(gradients)  # a rehearsal: nothing is learnt from it
 
     def _use_compiled(self, wanted: bool) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.kernel = FLEX if wanted and on_gpu else self.eager_kernel
+        for layer in self.model.layers:
+            layer.attention.attend = self.kernel.attend
         compile_layers(self.model, wanted)
         self.softmax_gradient = softmax_gradient
         if wanted:
@@ -335,7 +358,12 @@ class Trainer:
             return
         with torch.compiler.set_stance("force_eager"):  # another shape would compile again
             value = bits_per_byte(
-                self.model, self.rows.heldout, self.byte_lengths, self.world, max_rows
+                self.model,
+                self.rows.heldout,
+                self.eager_kernel,
+                self.byte_lengths,
+                self.world,
+                max_rows,
             )
         if self.world.is_main:
             self.reporter.record("heldout", self.step, value)

@@ -52,11 +52,12 @@ def newton_schulz(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     X = G.bfloat16()
     tall = X.shape[-2] > X.shape[-1]
     if tall:
-        X = X.mT
+        X = X.mT.contiguous()  # a transposed view would make every product a fifth slower
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
+        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A²
+        X = torch.baddbmm(X, polynomial, X, beta=a)
     return X.mT if tall else X
 
 
@@ -124,7 +125,7 @@ class MasterOptimizer:
             for g, p in zip(self.gradients, self.parameters, strict=True)
             if p.grad is not None
         ]
-        torch._foreach_add_([g for g, _ in used], [p.grad.float() for _, p in used])
+        torch._foreach_add_([g for g, _ in used], [p.grad for _, p in used])
         for parameter in self.parameters:
             parameter.grad = None
 

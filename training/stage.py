@@ -120,6 +120,7 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
         settings.accumulation_steps = 8 if reference else 1
     for name in (
         "batch_size",
+        "part_rows",
         "accumulation_steps",
         "epochs",
         "row_length",
