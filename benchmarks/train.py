@@ -3,11 +3,13 @@
 The baseline is a trainer as small projects write it: transformers' `LlamaForCausalLM` of the same
 shape in float32, AdamW on a cosine, one document per row padded to 512, tokenised in the loader.
 Ours is `training.loop.Trainer` as `train_pretrain.py` runs it. Each lives in a process of its own,
-and they take turns, so that a drift of the machine's speed hits both alike. What is counted is CPU
-time: other programs then disturb less, and on one thread it is the wall time of a quiet machine.
+and they take turns, so that a drift of the machine's speed hits both alike. Without a GPU what is
+counted is CPU time: other programs then disturb less, and on one thread it is the wall time of a
+quiet machine.
 
     python -m benchmarks.train                               # mini: rates, then time to equal loss
     python -m benchmarks.train --preset 26m --minutes 0      # rates only
+    python -m benchmarks.train --profile 15                  # and ours' 15 dearest operators
 
 Raw tokens are positions computed, padding included; useful ones are those of the text.
 """
@@ -25,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +39,7 @@ from train_pretrain import Settings as TrainSettings
 from training.distributed import World
 from training.evaluation import token_byte_lengths
 from training.files import atomic_write
-from training.hardware import flops_per_token, peak_flops
+from training.hardware import choose_device, flops_per_token, peak_flops
 from training.loop import Trainer
 from training.schedule import reference_cosine
 from training.settings import option, parse_settings
@@ -56,7 +59,8 @@ class Settings:
     records: int = option(60_000, "of it that are used")
     threads: int = option(1, "per process")
     rounds: int = option(5, "turns in which the rates are measured; the median is printed")
-    minutes: float = option(10.0, "CPU minutes of the baseline's training; 0: rates only")
+    profile: int = option(0, "operators of ours to list")
+    minutes: float = option(10.0, "minutes (of CPU time) of the baseline's training; 0: rates only")
     shares: str = option("6,12,24", "ours also trains for this fraction of them: 1/6, 1/12, …")
     baseline_rows: int = option(32, "documents in one of the baseline's steps")
     baseline_accumulation: int = option(1, "its steps per update (8 in minimind, which is slower)")
@@ -94,7 +98,9 @@ class Baseline:
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
         )  # fmt: skip
         shape = {name: getattr(ours, name) for name in names}
+        self.device = choose_device()
         self.model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+        self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4)
         self.settings, self.minutes, self.steps = settings, minutes, 0
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
@@ -107,7 +113,8 @@ class Baseline:
     def step(self, spent: float) -> tuple[int, int]:
         """Train on one batch, `spent` seconds after the start; (raw, useful) tokens."""
         batch = next(self.batches)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        useful = int(batch["attention_mask"].sum())
+        ids, mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
         labels = ids.masked_fill(mask == 0, -100)
         loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
         (loss / self.settings.baseline_accumulation).backward()
@@ -119,7 +126,7 @@ class Baseline:
                 group["lr"] = 5e-4 * reference_cosine(progress)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return ids.numel(), int(mask.sum())
+        return ids.numel(), useful
 
 
 class Ours:
@@ -133,7 +140,8 @@ class Ours:
         fill_in_defaults(options, RECIPES)
         rows = prepare_rows(train, "pretrain", TOKENIZER_DIR, cache_dir=train.parent / "cache")
         torch.manual_seed(settings.seed)
-        self.model = YuanMengModel(preset_config(settings.preset)).bfloat16()
+        self.model = YuanMengModel(preset_config(settings.preset))
+        self.model.to(choose_device(), torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
         recipe = RECIPES[options.recipe]
         self.trainer = Trainer(options, "pretrain", recipe, self.model, rows, tokenizer, World())
@@ -155,7 +163,7 @@ def heldout_bits_per_byte(model, texts: list[str]) -> float:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
     lengths = token_byte_lengths(tokenizer)
     fresh = type(model)(model.config)  # neither compiled nor with a trainer's attention
-    fresh.load_state_dict(model.state_dict())
+    fresh.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     nats, num_bytes = 0.0, 0
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)[: ROW_LENGTH - 1]
@@ -166,25 +174,48 @@ def heldout_bits_per_byte(model, texts: list[str]) -> float:
     return nats / math.log(2) / num_bytes
 
 
+def clock() -> float:
+    """Seconds of CPU time of this process; with a GPU, of wall time once it has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 class Run:
-    """One training, and the CPU seconds it has had."""
+    """One training, and the time it has had."""
 
     def __init__(self, kind: type, settings: Settings, train: Path, minutes: float):
         torch.compiler.reset()
-        begin = time.process_time()
+        begin = clock()
         self.trainer = kind(settings, train, minutes)
-        self.start_up = time.process_time() - begin  # reading, packing, compiling
+        self.start_up = clock() - begin  # reading, packing, compiling
         self.spent = 0.0
 
     def train(self, seconds: float) -> tuple[float, int, int]:
-        """Train for so many CPU seconds; those used, raw tokens, useful tokens."""
+        """Train for so many seconds; those used, raw tokens, useful tokens."""
         raw = useful = 0
-        begin = time.process_time()
-        while (used := time.process_time() - begin) < seconds:
-            more = self.trainer.step(self.spent + used)
-            raw, useful = raw + more[0], useful + more[1]
+        begin, used = clock(), 0.0
+        while used < seconds:
+            for _ in range(10 if torch.cuda.is_available() else 1):  # each look makes a GPU wait
+                more = self.trainer.step(self.spent + used)
+                raw, useful = raw + more[0], useful + more[1]
+            used = clock() - begin
         self.spent += used
         return used, raw, useful
+
+    def profile(self, num_operators: int) -> str:
+        """A table of the dearest operators of three steps."""
+        kinds = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            kinds.append(ProfilerActivity.CUDA)
+        with profile(activities=kinds) as profiler:
+            for _ in range(3):
+                self.trainer.step(self.spent)
+        order = "self_cuda_time_total" if len(kinds) > 1 else "self_cpu_time_total"
+        return profiler.key_averages().table(
+            sort_by=order, row_limit=num_operators, max_name_column_width=50
+        )
 
 
 def serve(pipe, kind: type, settings: Settings, train: Path, heldout: list[str]) -> None:
@@ -200,6 +231,10 @@ def serve(pipe, kind: type, settings: Settings, train: Path, heldout: list[str])
             pipe.send(runs[name].train(*numbers))
         elif verb == "loss":
             pipe.send(heldout_bits_per_byte(runs[name].trainer.model, heldout))
+        elif verb == "profile":
+            pipe.send(runs[name].profile(*numbers))
+        elif verb == "memory" and torch.cuda.is_available():
+            pipe.send(torch.cuda.max_memory_allocated() / 2**30)
         elif verb == "memory":
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
@@ -224,7 +259,7 @@ class Worker:
 
 def measure_rates(baseline: Worker, ours: Worker, settings: Settings, console: Console) -> None:
     """Turn by turn, six seconds each; then the medians, beside the machine's ceilings."""
-    cpu = torch.device("cpu")
+    device = choose_device()
     shape = flops_per_token(YuanMengModel(preset_config(settings.preset)), ROW_LENGTH)
     turns: dict[str, list] = {"baseline": [], "ours": []}
     ceilings = []
@@ -235,9 +270,10 @@ def measure_rates(baseline: Worker, ours: Worker, settings: Settings, console: C
     for _ in range(settings.rounds):
         turns["baseline"].append(baseline.ask("train", "rates", 6))
         turns["ours"].append(ours.ask("train", "rates", 6))
-        ceilings.append([peak_flops(cpu, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)])
-    fp32, bf16 = (median(column) for column in zip(*ceilings, strict=True))
-    table = Table(title=f"{settings.preset}, per CPU-second; {settings.threads} thread(s) each")
+        ceilings.append(peak_flops(device, torch.bfloat16) / 1e9)
+    ceiling = median(ceilings)
+    unit = "second" if device.type == "cuda" else f"CPU-second; {settings.threads} thread(s) each"
+    table = Table(title=f"{settings.preset}, per {unit}")
     for column in ("", "raw tokens", "useful tokens", "GFLOP/s", "of bf16 matmul", "peak memory"):
         table.add_column(column, justify="right" if column else "left")
     medians = {}
@@ -248,13 +284,16 @@ def measure_rates(baseline: Worker, ours: Worker, settings: Settings, console: C
         gflops = raw * shape / 1e9
         memory = worker.ask("memory", "rates")
         table.add_row(
-            name, f"{raw:,.0f}", f"{useful:,.0f}", f"{gflops:,.0f}", f"{gflops / bf16:.0%}",
+            name, f"{raw:,.0f}", f"{useful:,.0f}", f"{gflops:,.0f}", f"{gflops / ceiling:.0%}",
             f"{memory:.2f} GiB",
         )  # fmt: skip
     ratios = [a / b for a, b in zip(medians["ours"], medians["baseline"], strict=True)]
     table.add_row("ratio", *(f"{ratio:.2f}×" for ratio in ratios), "", "", "")
     console.print(table)
-    console.print(f"Matmul ceilings of one core: {fp32:.0f} GFLOP/s fp32, {bf16:.0f} bf16.\n")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "one core"
+    console.print(f"Matmul ceiling of {where}: {ceiling:,.0f} GFLOP/s in bfloat16.\n")
+    if settings.profile:
+        console.print(ours.ask("profile", "rates", settings.profile), highlight=False)
 
 
 def measure_losses(baseline: Worker, ours: Worker, settings: Settings, console: Console) -> None:
@@ -269,14 +308,14 @@ def measure_losses(baseline: Worker, ours: Worker, settings: Settings, console: 
         for name, (worker, minutes) in runs.items():
             worker.ask("train", name, minutes * 60 / SLICES)
     table = Table(title=f"Held-out loss on {HELDOUT} documents")
-    for column in ("", "CPU minutes", "bits per byte"):
+    for column in ("", "minutes", "bits per byte"):
         table.add_column(column, justify="right" if column else "left")
     losses = {name: worker.ask("loss", name) for name, (worker, _) in runs.items()}
     for name, (_, minutes) in runs.items():
         table.add_row(name, f"{minutes:.2f}", f"{losses[name]:.4f}")
     console.print(table)
     console.print(
-        f"Not counted: starting takes {start_up['baseline']:.0f} CPU seconds (baseline) and "
+        f"Not counted: starting takes {start_up['baseline']:.0f} seconds (baseline) and "
         f"{max(seconds for name, seconds in start_up.items() if name != 'baseline'):.0f} (ours: it "
         "packs and compiles; both are cached)."
     )
