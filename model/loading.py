@@ -205,7 +205,7 @@ def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
             num_key_value_heads=state[f"{first}attention.wk.weight"].shape[0] // config.head_dim,
             head_dim=config.head_dim,
         )
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:  # zero: narrower than one head
         raise WeightsError(f"{path}: the shapes are not those of a YuanMeng model") from error
 
 

@@ -131,8 +131,17 @@ def greedy_replies(
     Raises:
         ValueError: `max_new_tokens` leaves no room for a conversation.
     """
-    room = window_size(model) - max_new_tokens
-    prompts = [fit_conversation(tokenizer, messages, room)[0] for messages in conversations]
+    size = window_size(model)
+    try:
+        prompts = [
+            fit_conversation(tokenizer, messages, size - max_new_tokens)[0]
+            for messages in conversations
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} leaves no room for a question in the {size} "
+            "positions of the model; lower it"
+        ) from error
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # All that a folder's own generation settings could change is said here.

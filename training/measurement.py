@@ -28,6 +28,10 @@ class Score:
     chance: float | None = None
     lower_is_better: bool = False
 
+    def __post_init__(self):
+        if self.sizes:
+            self.lower_is_better = True
+
     @property
     def value(self) -> float:
         return sum(self.values) / (sum(self.sizes) if self.sizes else len(self.values))

@@ -44,7 +44,10 @@ def mcnemar_test(first: Sequence[bool], second: Sequence[bool]) -> float:
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     total = only_first + only_second
-    tail = sum(math.comb(total, k) for k in range(min(only_first, only_second) + 1))
+    tail, ways = 0, 1  # ways to choose k of the items: each follows from the one before
+    for k in range(min(only_first, only_second) + 1):
+        tail += ways
+        ways = ways * (total - k) // (k + 1)
     return min(1.0, 2 * tail / 2**total)
 
 
