@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from dataset.tasks import EXAM, draw, read_exams, read_tasks
 from model.endpoint import Endpoint
@@ -31,7 +29,7 @@ from model.loading import find_weights
 from model.scoring import Checkpoint
 from training.files import atomic_write
 from training.measurement import Score, judge_replies, score_choices, score_texts
-from training.report_card import draw_chart, report_rows, write_report
+from training.report_card import draw_chart, print_rows, report_rows, write_report
 from training.settings import option, parse_settings
 
 URL = ("http://", "https://")
@@ -72,15 +70,21 @@ def read_items(settings: Settings) -> tuple[dict[str, list[dict]], list[str]]:
     """The items to measure by task, and what the report must say about them."""
     path = Path(settings.data)
     tasks = read_tasks(path)
-    notes = [f"data: {path} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()})"]
+    notes = [f"data: {path} (SHA-256 {digest(path)})"]
     if settings.exam_dir:
-        tasks[EXAM], exam_notes = read_exams(Path(settings.exam_dir))
-        notes += exam_notes
+        folder = Path(settings.exam_dir)
+        tasks[EXAM], left_out = read_exams(folder)
+        notes += [f"exam_dir: {folder} (SHA-256 {digest(*sorted(folder.rglob('*.csv')))})"]
+        notes += left_out
     wanted = list(tasks) if settings.tasks == "all" else settings.tasks.split(",")
     for name in wanted:
         if name not in tasks:
             raise ValueError(f"--tasks {name}: {path} holds {', '.join(tasks)}")
     return {name: draw(tasks[name], settings.limit, settings.seed) for name in wanted}, notes
+
+
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def open_checkpoint(where: str | None, settings: Settings) -> Checkpoint | Endpoint:
@@ -130,7 +134,7 @@ def main() -> None:
         models += [settings.compare] if settings.compare else []
         for where in models:
             checkpoint = open_checkpoint(where, settings)
-            name = checkpoint.name if checkpoint.name not in columns else checkpoint.source
+            name = checkpoint.name + (" (2)" if checkpoint.name in columns else "")
             notes.append(f"model {name}: {checkpoint.source}")
             if checkpoint.left_out:
                 notes.append(f"left out for {name}: {checkpoint.left_out}")
@@ -140,10 +144,7 @@ def main() -> None:
         sys.exit(f"evaluate.py: {error}")
 
     rows = report_rows(columns, settings.seed)
-    screen = Table(*rows[0], title=" and ".join(columns))
-    for row in rows[1:]:
-        screen.add_row(*row)
-    Console().print(screen)
+    print_rows(rows, title=" and ".join(columns))
     output = Path(settings.output)
     chart, talk = output.with_suffix(".png"), output.with_suffix(".jsonl")
     try:

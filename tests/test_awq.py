@@ -1,4 +1,4 @@
-"""Dequantization against LMDeploy's: its packing makes the weights, its kernel's code reads them."""
+"""Dequantization against LMDeploy's: its packing makes the weights, its own code reads them."""
 
 import json
 from copy import deepcopy

@@ -86,6 +86,7 @@ def test_two_runs_are_alike_to_the_byte(folder, tmp_path):
     for row in ("bits per byte: law | 1", "bits per byte: total | 1", "exam: anatomy | 1",
                 "exam: law | 2", "exam: total | 3", "identity | 1", "replies that loop | 1"):
         assert f"| {row} |" in report
+    assert f"- exam_dir: {folder / 'exam'} (SHA-256 " in report
     assert "limit: 3, seed: 42" in report and "no difference shown" in report and "Holm" in report
     assert outputs[0][2].startswith(b"\x89PNG")
     replies = [json.loads(line) for line in outputs[0][1].decode().splitlines()]
@@ -118,7 +119,7 @@ def test_a_checkpoint_against_itself_shows_no_difference(folder, monkeypatch):
     report = run(folder, "--compare", folder / "tiny", monkeypatch=monkeypatch)
     rows = [line for line in report.splitlines() if line.endswith("no difference shown |")]
     assert len(rows) == 5 and all("| 1.000 | 1.000 |" in row for row in rows)
-    assert f"{folder / 'tiny'}: score" in report  # two of one name are told apart by their paths
+    assert "| tiny (2): score |" in report and f"- model tiny (2): {folder / 'tiny'}\n" in report
 
 
 def test_an_endpoint_is_measured_by_its_replies(folder, endpoint_server, monkeypatch):

@@ -150,7 +150,7 @@ def test_a_plain_llama_folder(llama, tokenizer, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "1 missing keys, first model.l"),
     (lambda state: state.update(foreign=torch.ones(2)), "1 unexpected keys, first foreign"),
-    (lambda state: state.update({"model.norm.weight": torch.ones(7)}), "1 mismatched keys, first m"),
+    (lambda state: state.update({"model.norm.weight": torch.ones(7)}), "1 mismatched keys, first"),
 ])
 def test_a_broken_llama_is_one_line(change, message, llama, tmp_path):
     state = dict(llama.state_dict())

@@ -46,7 +46,7 @@ class Score:
 
 
 def score_texts(checkpoint, items: list[dict]) -> list[Score]:
-    """Bits per byte of each source and of all texts: what the model, as a compressor, would need."""
+    """Bits per byte of each source and of all texts: what a compressor with this model needs."""
     losses = checkpoint.losses([("", item["text"]) for item in items])
     bits = [loss / math.log(2) for loss in losses]
     sizes = [len(item["text"].encode()) for item in items]

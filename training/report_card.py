@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from training.files import atomic_write
 from training.measurement import Score
 from training.significance import holm, mcnemar_test, sign_flip_test
@@ -15,8 +18,8 @@ GUESSING = "guessing"
 # Fonts that have Chinese characters, on the systems that bring one.
 CHINESE_FONTS = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
 EXPLANATION = (
-    "95 % intervals: Wilson's for rates, the bootstrap over texts for bits per byte. Rates: the more "
-    "the better; replies that loop and bits per byte: the fewer the better.\n"
+    "95 % intervals: Wilson's for rates, the bootstrap over texts for bits per byte. Rates: the "
+    "more the better; replies that loop and bits per byte: the fewer the better.\n"
 )
 COMPARISON = (
     "Both checkpoints had the same items. p: McNemar's exact test for rates, the paired sign-flip "
@@ -100,6 +103,17 @@ def report_rows(columns: dict[str, list[Score]], seed: int) -> list[list[str]]:
             ] if difference else ["", "", "", "not compared"]
         rows.append(row)
     return rows
+
+
+def print_rows(rows: list[list[str]], title: str) -> None:
+    """The table on the screen; of a comparison's columns only those that fit there."""
+    kept = range(len(rows[0]))
+    if "verdict" in rows[0]:
+        kept = (0, 2, 4, 7, 9, 10)  # task, both scores, difference, p (Holm), verdict
+    screen = Table(*(rows[0][i] for i in kept), title=title)
+    for row in rows[1:]:
+        screen.add_row(*(row[i] for i in kept))
+    Console().print(screen)
 
 
 def show_p(p: float) -> str:

@@ -52,7 +52,7 @@ def mcnemar_test(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def sign_flip_test(differences: Sequence[float], seed: int) -> float:
-    """p-value of paired differences whose sum would be about 0 if the two were alike (Fisher, 1935).
+    """p-value of paired differences, whose sum is about 0 if the two are alike (Fisher, 1935).
 
     If they were, each difference could as well have had the other sign: the p-value is the share of
     random signs whose sum is as far from 0 as the one found, which counts as a draw itself.
