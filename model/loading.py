@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -51,7 +52,7 @@ def load_model(
                 f"{path} holds a model of type {config['model_type']!r}, not 'yuanmeng'"
             )
         state = read_tensors(path, config.pop("quantization_config", None))
-        config = YuanMengConfig.from_dict(config)
+        config = make_config(YuanMengConfig, config, path)
     else:
         state = load_weights(path)
         config = infer_config(state, path)
@@ -72,9 +73,10 @@ def load_yuanmeng_or_llama(
     if config.get("model_type") != LlamaConfig.model_type:
         return load_model(path, dtype=dtype, device=device)
     state = read_tensors(path, config.pop("quantization_config", None))
+    config = make_config(LlamaConfig, config, path)
     try:
         model, report = LlamaForCausalLM.from_pretrained(
-            None, config=LlamaConfig.from_dict(config), state_dict=state, dtype=dtype,
+            None, config=config, state_dict=state, dtype=dtype,
             output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report
         )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -136,11 +138,26 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(f"{folder} is not a model folder: it has no config.json")
     try:
         config, _ = PreTrainedConfig.get_config_dict(folder)
-    except OSError as error:
+    except (OSError, TypeError) as error:
         raise WeightsError(f"{folder / 'config.json'} is not readable JSON") from error
     if "model_type" not in config:
         raise WeightsError(f"{folder / 'config.json'} names no model_type")
     return config
+
+
+def make_config(
+    config_class: type[PreTrainedConfig], entries: dict, folder: Path
+) -> PreTrainedConfig:
+    """The configuration with these entries of a folder's config.json.
+
+    Raises:
+        WeightsError: their types or sizes cannot be.
+    """
+    try:
+        return config_class.from_dict(entries)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{folder / 'config.json'} describes no model: {reason}") from error
 
 
 def read_tensors(folder: Path, quantization: dict | None) -> dict[str, torch.Tensor]:
@@ -205,7 +222,7 @@ def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
             num_key_value_heads=state[f"{first}attention.wk.weight"].shape[0] // config.head_dim,
             head_dim=config.head_dim,
         )
-    except (ValueError, ZeroDivisionError) as error:  # zero: narrower than one head
+    except (StrictDataclassError, ValueError, ZeroDivisionError) as error:  # zero: narrower than one head
         raise WeightsError(f"{path}: the shapes are not those of a YuanMeng model") from error
 
 

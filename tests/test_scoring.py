@@ -1,5 +1,6 @@
 """Likelihoods and replies, of models here and behind an endpoint."""
 
+import json
 import socket
 import threading
 
@@ -159,6 +160,20 @@ def test_a_broken_llama_is_one_line(change, message, llama, tmp_path):
     save_file({k: v.clone() for k, v in state.items() if k != "lm_head.weight"},
               tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=message) as error:
+        load_yuanmeng_or_llama(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "yuanmeng", "hidden_size": "wide"},
+    {"model_type": "yuanmeng", "hidden_size": 10, "num_attention_heads": 3},
+    {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3},
+    {"model_type": "other"}, {"hidden_size": 10}, [1],
+], ids=str)
+def test_a_wrong_config_is_one_line(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="config.json|'other', not 'yuanmeng'") as error:
         load_yuanmeng_or_llama(tmp_path)
     assert "\n" not in str(error.value)
 
