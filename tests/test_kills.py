@@ -25,10 +25,10 @@ from training import loop
 from training.reporting import Reporter
 from training.settings import TrainSettings
 
-ALL_STEPS = ("--max_steps", "36", "--save_every", "2", "--eval_every", "5", "--final_eval_rows", "4")
+ALL_STEPS = ("--max_steps", "36", "--save_every", "2", "--eval_every", "5")
 SFT = ("--accumulation_steps", "3", "--init", "first.pth")
 SHORT = ("--max_steps", "2", "--final_eval_rows", "4")
-FULL = 20 << 20  # bytes a file may have on the full disk: the weights fit, the resume state does not
+FULL = 20 << 20  # bytes a file may have on the full disk: weights fit, a resume state does not
 
 
 # ---- Trainings that start fast ------------------------------------------------------------------

@@ -138,7 +138,8 @@ def test_a_state_comes_back_whole(make, saved):
     for one, two in zip(tensors(state), tensors(saved["optimizer"]), strict=True):
         assert torch.equal(one, two)
     assert state["gradients"].any(), "the 7th step's gradient waits for the 8th's"
-    assert trainer.step == 7 and [step for step, _ in trainer.reporter.points("loss")] == [*range(7)]
+    assert trainer.step == 7
+    assert [step for step, _ in trainer.reporter.points("loss")] == [*range(7)]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,8 @@ def test_weights_cut_or_changed_anywhere_are_refused(make, saved, tmp_path):
               *range(len(good) - 3000, len(good), 97)]  # fmt: skip
     unharmed = 0
     for place in places:
-        for content in (good[:place], good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :]):
+        changed = good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :]
+        for content in (good[:place], changed):
             bad.write_bytes(content)
             try:
                 model, _ = load_model(bad)

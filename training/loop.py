@@ -110,7 +110,8 @@ class Trainer:
         torch.set_rng_state(random_state)  # measuring the machine drew some numbers
         self.meter = Meter()
         # The same places in a run that was interrupted and in one that was not.
-        self.next_eval = self._eval_interval() * (self._eval_position() // self._eval_interval() + 1)
+        interval = self._eval_interval()
+        self.next_eval = interval * (self._eval_position() // interval + 1)
         with stop_requests() as stop:
             while self.step < self.total_steps:
                 batch = self._batch(self.step)
