@@ -6,6 +6,8 @@ resume state or somebody else's model ends in one line that says so. `.pth` file
 `weights_only=True`, and safetensors cannot hold code, so a file from a stranger cannot run any.
 """
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -26,6 +28,9 @@ from .model import YuanMengModel
 
 OUT = Path("out")
 DEFAULT_HEAD_DIM = 64
+# What a file that is damaged, or no checkpoint, has been seen to raise.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
+              zipfile.BadZipFile, zlib.error)
 
 
 class WeightsError(ValueError):
@@ -99,10 +104,14 @@ def read_checkpoint(path: str | Path) -> dict:
         WeightsError: the file is truncated, or holds something else.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; torch does not read its checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise WeightsError(
             f"{path} is truncated or not a weights file ({type(error).__name__}); "
             "train again or copy it again"
@@ -222,7 +231,8 @@ def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
             num_key_value_heads=state[f"{first}attention.wk.weight"].shape[0] // config.head_dim,
             head_dim=config.head_dim,
         )
-    except (StrictDataclassError, ValueError, ZeroDivisionError) as error:  # zero: narrower than one head
+    except (StrictDataclassError, ValueError, ZeroDivisionError) as error:
+        # Zero: a matrix narrower than one head.
         raise WeightsError(f"{path}: the shapes are not those of a YuanMeng model") from error
 
 

@@ -14,10 +14,17 @@ from pathlib import Path
 
 import torch
 
+from dataset.records import shown
 from model import YuanMengModel
-from model.loading import read_checkpoint
 from training.attention import BLOCK_CAUSAL, FLEX, SDPA
-from training.checkpoint import Saver, keep_previous, model_weights
+from training.checkpoint import (
+    RESUME_FORMAT,
+    Saver,
+    changes,
+    keep_previous,
+    model_weights,
+    read_resume_state,
+)
 from training.distributed import World
 from training.evaluation import bits_per_byte, token_byte_lengths
 from training.hardware import can_compile, compile_layers, flops_per_token, peak_flops
@@ -103,9 +110,13 @@ class Trainer:
             NonFiniteLoss, checkpoint.SaveError
         """
         session_start, elapsed_before = time.perf_counter(), self.elapsed
+        random_state = torch.get_rng_state()
         self.prepare_speed()
+        torch.set_rng_state(random_state)  # measuring the machine drew some numbers
         self.meter = Meter()
-        self.next_eval = self._eval_interval() + (self._eval_position() if self.step else 0)
+        # The same places in a run that was interrupted and in one that was not.
+        interval = self._eval_interval()
+        self.next_eval = interval * (self._eval_position() // interval + 1)
         with stop_requests() as stop:
             while self.step < self.total_steps:
                 batch = self.batch(self.step)
@@ -142,12 +153,13 @@ class Trainer:
         if (self.step - 1) % self.log_every == 0:
             self._log()
         self.reporter.show_progress(self.step, self._expected_steps())
-        if self.step % self.settings.save_every == 0:
-            self.save(wait=False)
+        self.saver.check()
         if self._eval_is_due():
             with self.meter.pause():
                 self._evaluate(self.settings.eval_rows)
             self.next_eval += self._eval_interval()
+        if self.step % self.settings.save_every == 0:
+            self.save(wait=False)
 
     def _eval_is_due(self) -> bool:
         """Whether it is time for a held-out loss on the way; the one at the end comes anyway.
@@ -392,7 +404,8 @@ class Trainer:
             **{name: settings[name] for name in names},
             **shape,
             "batch_size": self.batch_size,
-            "data and tokenizer": self.rows.path.name,
+            **self.rows.sources,
+            "data_path": str(shown(Path(self.rows.meta["data_path"]))),  # for the message only
         }
 
     def save(self, wait: bool, finished: bool = False) -> None:
@@ -403,13 +416,13 @@ class Trainer:
             self.world.sum_(self.optimizer.gradients_flat)
             if not self.world.is_main:
                 self.optimizer.gradients_flat.zero_()
-        history = self.reporter.history
-        history = {**history, "loss": history["loss"] + self._pending_losses()}
+        pending = self._pending_losses()
         if self.world.is_main:
             if not self.resumed:
-                keep_previous(self.weights_path)
+                self._keep_earlier_run()
                 self.resumed = True
             state = {
+                "format": RESUME_FORMAT,
                 "stage": self.stage,
                 "fingerprint": self.fingerprint(),
                 "step": self.step,
@@ -417,7 +430,7 @@ class Trainer:
                 "finished": finished,
                 "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
-                "history": history,
+                "history": self.reporter.history_tensors(pending),
             }
             self.saver.save({self.resume_path: state, self.weights_path: model_weights(self.model)})
             if wait:
@@ -425,37 +438,50 @@ class Trainer:
         if wait:
             self.world.barrier()
 
+    def _keep_earlier_run(self) -> None:
+        """A new run writes over an earlier one's files; who forgot --resume can have them back."""
+        kept = [keep_previous(path) for path in (self.resume_path, self.weights_path)]
+        if any(kept):
+            names = ", ".join(str(path) for path in kept if path)
+            self.reporter.say(f"An earlier run's files are kept as {names}.")
+
     def resume(self) -> bool:
         """Continue from the resume state; false if that run had already ended.
 
         Raises:
             ValueError: there is no readable state, or a setting that matters changed.
         """
-        if not self.resume_path.exists():
-            raise ValueError(f"{self.resume_path} does not exist: start the run without --resume")
-        state = read_checkpoint(self.resume_path)
-        if state.get("stage") != self.stage or "optimizer" not in state:
-            raise ValueError(f"{self.resume_path}: is no resume state of the {self.stage} stage")
-        ours, saved = self.fingerprint(), state["fingerprint"]
-        changed = [
-            f"{key} was {saved.get(key)!r} and is {ours[key]!r}"
-            for key in ours
-            if ours[key] != saved.get(key)
-        ]
+        state = read_resume_state(self.resume_path, self.stage)
+        changed = changes(state["fingerprint"], self.fingerprint())
         if changed:
             raise ValueError(
                 f"{self.resume_path}: cannot continue, because {'; '.join(changed)}. "
                 "Set it back, or start anew without --resume."
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{self.resume_path}: {error}") from error
         if not self.world.is_main:
             self.optimizer.gradients_flat.zero_()
         torch.set_rng_state(state["random"])
         self.step, self.elapsed = state["step"], state["elapsed"]
-        self.reporter.history = state["history"]
+        self.reporter.load_history(state["history"])
         self.resumed = True
         self.reporter.say(f"Resuming {self.resume_path} at step {self.step}.")
         return not (state["finished"] and self._progress() >= 1)
+
+    def write_results(self) -> None:
+        """Write the weights and the curve of the run resumed.
+
+        A kill between the last save's two files leaves a finished state beside older weights, and
+        one right after it leaves no curve.
+        """
+        if self.world.is_main:
+            self.saver.save({self.weights_path: model_weights(self.model)})
+            self.saver.wait()
+        self.reporter.draw()
+        self.reporter.close()
 
 
 class Meter:

@@ -74,7 +74,7 @@ def train_stage(
 
     torch.manual_seed(settings.seed)
     model = YuanMengModel(preset_config(settings.preset))
-    if load_weights is not None:
+    if load_weights is not None and not settings.resume:  # the resume state has its own
         load_weights(model, settings)
     model.to(device, getattr(torch, settings.dtype))
 
@@ -89,6 +89,7 @@ def train_stage(
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
     if settings.resume and not trainer.resume():
+        trainer.write_results()
         say(f"This run is complete; its weights are in {trainer.weights_path}.")
         return
     trainer.run()
