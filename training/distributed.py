@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -95,10 +94,9 @@ class World:
             ValueError: this node has fewer GPUs than processes.
             LostContact: the others cannot be reached.
         """
-        launcher = None
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            parent = psutil.Process(os.getppid())
-            launcher = f"{parent.pid} {parent.create_time()}"
+        # Each `torchrun` has a folder with a random name, in which each of its attempts has one.
+        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        launcher = str(Path(report).parents[2]) if report else None
         if self.size == 1:
             self.launchers = [launcher]
             return
@@ -184,7 +182,7 @@ class World:
         return tensor
 
     def barrier(self) -> None:
-        self.gather(None)
+        self.sum_numbers(0.0)
 
     # -- messages, files, failures -------------------------------------------------------------
 

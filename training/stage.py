@@ -60,6 +60,10 @@ def run_stage(
         failed = False
     except USER_ERRORS as error:
         end_with(f"train_{stage}.py: {error}", world)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            end_with(end.code, world)
+        raise
     except KeyboardInterrupt:
         end_with("Interrupted; continue from the last save with --resume.", world)
     finally:
