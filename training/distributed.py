@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+GREETING = timedelta(minutes=1)  # all are there and only have to connect
 SILENCE = timedelta(minutes=10)  # a node without power, or behind a cut cable, closes nothing
 PATIENCE = timedelta(hours=3)  # the others wait while one node tokenises a large file
 FILE_CHUNK = 64 << 20
@@ -65,7 +66,8 @@ class World:
     # By rank. A launcher is the `torchrun` that started a process, and starts it anew when it dies.
     places: list[str] = field(default_factory=lambda: ["this process"])
     launchers: list[str | None] = field(default_factory=lambda: [None])
-    patient: dist.ProcessGroup | None = None  # all processes, for what may take long
+    group: dist.ProcessGroup | None = None  # all processes
+    patient: dist.ProcessGroup | None = None  # the same, for what may take long
 
     @property
     def is_main(self) -> bool:
@@ -112,8 +114,9 @@ class World:
         try:
             store = self._meet()
             dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.size, timeout=SILENCE
+                "gloo", store=store, rank=self.rank, world_size=self.size, timeout=GREETING
             )
+            self.group = dist.new_group(backend=backend, timeout=SILENCE)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
             raise LostContact(
@@ -155,7 +158,8 @@ class World:
         """Leave; after a failure without waiting for what is still under way."""
         if self.size > 1 and dist.is_initialized():
             if failed:
-                dist.group.WORLD.abort()
+                for group in filter(None, (self.group, self.patient, dist.group.WORLD)):
+                    group.abort()
             else:
                 dist.destroy_process_group()
 
@@ -165,7 +169,7 @@ class World:
         """Replace `tensor` by its sum over all processes, in place."""
         if self.size > 1:
             with contact():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def sum_numbers(self, *numbers: float) -> list[float]:
@@ -178,7 +182,7 @@ class World:
         """Replace `tensor` by the one of the process `source`, in place."""
         if self.size > 1:
             with contact():
-                dist.broadcast(tensor, source)
+                dist.broadcast(tensor, source, group=self.group)
         return tensor
 
     def barrier(self) -> None:
