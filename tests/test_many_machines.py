@@ -497,6 +497,20 @@ def test_a_silent_process_is_given_up(monkeypatch):
     assert_one_line(message, r"lost contact with another process \(.*[Tt]imed out.*\); the one")
 
 
+def test_waiting_for_a_call_ends_in_one_line(capfd):
+    """gloo has no limit of its own there; the time is up in its code, not in Python's."""
+
+    def work(world: World):
+        with training.distributed._at_most(timedelta(seconds=1)):
+            if world.rank == 0:
+                world.gather(None)  # the other one sends nothing
+        return "ended in time"
+
+    assert in_two_processes(work) == [None, "ended in time"]
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert_one_line(told, r"reach each other \(nobody called within 1 s\).*GLOO_SOCKET_IFNAME")
+
+
 def test_restarted_processes_do_not_read_what_dead_ones_wrote(monkeypatch):
     """The store is the launcher's and outlives them, with the addresses of the first two in it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

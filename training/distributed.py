@@ -16,6 +16,8 @@ import io
 import json
 import os
 import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -113,17 +115,12 @@ class World:
             backend = "cpu:gloo,cuda:nccl"
         try:
             store = self._meet()
-            dist.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=self.size, timeout=GREETING
-            )
-            self.group = dist.new_group(backend=backend, timeout=SILENCE)
-            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            with _at_most(GREETING):
+                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
+                self.group = dist.new_group(backend=backend, timeout=SILENCE)
+                self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
-            raise LostContact(
-                f"the processes cannot reach each other ({_reason(error)}). Between machines, set "
-                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that they "
-                "share (`ip address` lists them), and let its ports through the firewall."
-            ) from error
+            raise LostContact(_unreachable(_reason(error))) from error
         place = f"node {self.node} ({socket.gethostname()}), process {self.rank}"
         self.places, self.launchers = zip(*self.gather([place, launcher]), strict=True)
 
@@ -262,6 +259,32 @@ class World:
                     f"{self.places[rank]}: {'; '.join(different)}. "
                     "Every node needs the same data and options; start all again."
                 )
+
+
+def _unreachable(reason: str) -> str:
+    return (
+        f"the processes cannot reach each other ({reason}). Between machines, set "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that they share "
+        "(`ip address` lists them), and let its ports through the firewall."
+    )
+
+
+@contextmanager
+def _at_most(time_allowed: timedelta) -> Iterator[None]:
+    """End this process if the body takes longer: gloo waits for a caller without any limit."""
+
+    def give_up() -> None:
+        reason = _unreachable(f"nobody called within {time_allowed.total_seconds():.0f} s")
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    alarm = threading.Timer(time_allowed.total_seconds(), give_up)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 def _reason(error: RuntimeError) -> str:
