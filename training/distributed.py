@@ -51,8 +51,8 @@ def contact() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostContact(
-            f"lost contact with another process ({_reason(error)}); the one that ended first says why. "
-            "Continue from the last save with --resume."
+            f"lost contact with another process ({_reason(error)}); the one that ended first "
+            "says why. Continue from the last save with --resume."
         ) from error
 
 
