@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,9 +100,10 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
     """Tokenise and pack a JSONL file (`kind` "pretrain" or "sft") into rows, or open its cache.
 
     `row_length` is T, the number of positions a row trains. About one record in 200, chosen by a
-    hash of its content, is held out (at most 2,000 rows). With several processes, let rank 0 call
-    first and the others, after a barrier, with `build=False`: that only opens, and raises
-    `CacheError` if there is nothing to open.
+    hash of its content, is held out (at most 2,000 rows). With several processes, let the first of
+    each machine call first and the others, after a barrier, with `build=False`: that only opens,
+    and raises `CacheError` if there is nothing to open. Machines that share the disk build the
+    same rows beside each other, and the first to finish wins.
 
     Raises `BrokenData` (see `read_records`), `FileNotFoundError`, `CacheError` (disk full).
     """
@@ -264,7 +266,8 @@ def _build(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, row_l
            folder: Path, strict: bool) -> None:
     """Write the rows into a temporary folder beside `folder`, then rename it."""
     before = data_path.stat()
-    temporary = folder.with_name(f".building-{os.getpid()}-{folder.name}")
+    # On a disk that several machines share, each builds in a folder of its own.
+    temporary = folder.with_name(f".building-{os.getpid()}@{socket.gethostname()}@{folder.name}")
     try:
         temporary.mkdir(parents=True)
         _remove_abandoned(folder.parent)
@@ -592,9 +595,9 @@ def _write_file(path: Path, text: str) -> None:
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what killed builds left behind."""
-    for folder in cache_dir.glob(".building-*"):
-        pid = folder.name.split("-")[1]
+    """Remove what killed builds left, but not another machine's: it may still be at work."""
+    for folder in cache_dir.glob(f".building-*@{glob.escape(socket.gethostname())}@*"):
+        pid = folder.name.removeprefix(".building-").split("@")[0]
         if not (pid.isdigit() and psutil.pid_exists(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 

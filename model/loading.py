@@ -9,6 +9,7 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -96,19 +97,25 @@ def load_yuanmeng_or_llama(
     return model.to(device).eval(), path.resolve().name
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, content: BinaryIO | None = None) -> dict:
     """The dictionary in a `.pth` file, on the CPU; weights only, so that no code in it can run.
+
+    Args:
+        content: what is in the file, if it is not at `path` on this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
         WeightsError: the file is truncated, or holds something else.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's format; torch does not read its checksums
+        file = content or path
+        with zipfile.ZipFile(file) as archive:  # torch's format; torch does not read its checksums
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if content is not None:
+            content.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except UNREADABLE as error:

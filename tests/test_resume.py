@@ -59,7 +59,7 @@ def make(tokenizer):
             **{
                 **dict(preset="mini", learning_rate=0.02, batch_size=2, accumulation_steps=2),
                 **dict(row_length=16, dtype="float32", compile="no", max_steps=7, save_every=3),
-                **dict(tensorboard=False, final_eval_rows=2, epochs=2, log_every=1),
+                **dict(tensorboard=False, final_eval_rows=2, epochs=2, log_every=1, resume=True),
                 **settings,
             }
         )

@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -139,17 +140,19 @@ def keep_previous(path: Path) -> Path | None:
     return previous
 
 
-def read_resume_state(path: Path, stage: str) -> dict:
+def read_resume_state(path: Path, stage: str, content: BinaryIO | None = None) -> dict:
     """The resume state at `path`, every entry there and of its type; nothing is used before that.
+
+    `content` is what is in the file, if another machine has it.
 
     Raises:
         ValueError: there is none, it is damaged, or another stage or version wrote it.
     """
-    if not path.exists():
+    if content is None and not path.exists():
         others = sorted(path.parent.glob(f"{stage}_*.resume.pth"))
         other = f" (or choose the --preset of {others[0]})" if others else ""
         raise ValueError(f"{path} does not exist: start the run without --resume{other}")
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, content)
     if "optimizer" not in state or "stage" not in state:
         raise ValueError(f"{path} is no resume state; weights alone cannot be continued")
     if state["stage"] != stage:

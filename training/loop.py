@@ -16,6 +16,7 @@ import torch
 
 from dataset.records import shown
 from model import YuanMengModel
+from model.loading import read_checkpoint
 from training.attention import BLOCK_CAUSAL, FLEX, SDPA
 from training.checkpoint import (
     RESUME_FORMAT,
@@ -431,6 +432,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "history": self.reporter.history_tensors(pending),
+                "processes": self.world.size,
+                "launchers": list(self.world.launchers),
             }
             self.saver.save({self.resume_path: state, self.weights_path: model_weights(self.model)})
             if wait:
@@ -445,13 +448,52 @@ class Trainer:
             names = ", ".join(str(path) for path in kept if path)
             self.reporter.say(f"An earlier run's files are kept as {names}.")
 
+    def _saved_at(self) -> float:
+        """When the state on this node's disk was written, if this run is to go on from it; else 0.
+
+        That is so with --resume, and if this very `torchrun` wrote it: then it has started the
+        processes anew because one died, or a node came or went.
+        """
+        launcher = self.world.launcher
+        if not self.world.is_first_on_node or not (self.settings.resume or launcher):
+            return 0.0
+        try:
+            saved_at = self.resume_path.stat().st_mtime
+            if self.settings.resume or launcher in read_checkpoint(self.resume_path)["launchers"]:
+                return saved_at
+        except (OSError, ValueError, KeyError):  # none, or an earlier run's
+            pass
+        return 0.0
+
+    def _state_to_resume(self) -> dict | None:
+        """The newest state, wherever it lies: which node is the first one, `torchrun` decides.
+
+        Only one disk has to hold it; all processes get the same. None: begin at the beginning.
+
+        Raises:
+            ValueError: --resume, and there is no readable state.
+        """
+        world, path = self.world, self.resume_path
+        times = world.gather(self._saved_at())
+        source = times.index(max(times))
+        if not times[source] and not self.settings.resume:
+            return None
+        state = None
+        with world.together():
+            if world.rank == source:
+                state = read_resume_state(path, self.stage)
+        content = world.file_of(source, path)
+        return state or read_resume_state(path, self.stage, content)
+
     def resume(self) -> bool:
-        """Continue from the resume state; false if that run had already ended.
+        """Go on from a resume state where there is one to go on from; false if that run had ended.
 
         Raises:
             ValueError: there is no readable state, or a setting that matters changed.
         """
-        state = read_resume_state(self.resume_path, self.stage)
+        state = self._state_to_resume()
+        if state is None:
+            return True
         changed = changes(state["fingerprint"], self.fingerprint())
         if changed:
             raise ValueError(
@@ -468,7 +510,13 @@ class Trainer:
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.reporter.load_history(state["history"])
         self.resumed = True
-        self.reporter.say(f"Resuming {self.resume_path} at step {self.step}.")
+        size, saved_by = self.world.size, state.get("processes", self.world.size)
+        again = self.world.launcher and self.world.launcher in state.get("launchers", ())
+        self.reporter.say(
+            f"Resuming {self.resume_path} at step {self.step}"
+            + (f", with {size} processes instead of {saved_by}" if size != saved_by else "")
+            + (": torchrun has started the processes again." if again else ".")
+        )
         return not (state["finished"] and self._progress() >= 1)
 
     def write_results(self) -> None:
