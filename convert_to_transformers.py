@@ -78,6 +78,8 @@ def main() -> None:
         sys.exit(f"convert_to_transformers.py: cannot write {output}: {error.strerror}")
     weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     size = sum(file.stat().st_size for file in weights) / 1e6
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     print(f"{path} → {output} ({size:.1f} MB of weights in {settings.dtype})")
     print("Files:", ", ".join(file.name for file in files))
 

@@ -181,7 +181,7 @@ class CpuAttention(AttentionImpl):
             if needed
         ]
         if lacking:
-            raise NotImplementedError(f"the cpu device has no {', '.join(lacking)} (patches/)")
+            raise NotImplementedError(f"the cpu device lacks {', '.join(lacking)} (patches/)")
         super().__init__(
             spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads, spec.v_head_dim
         )

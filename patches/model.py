@@ -22,7 +22,8 @@ def network() -> Patch:
     """`MODULE_MAP`: architecture name to the class that the engine builds."""
     symbol = "lmdeploy.pytorch.models.module_map.MODULE_MAP"
     _, _, modules = find(symbol)
-    if modules.get("LlamaForCausalLM") != "lmdeploy.pytorch.models.llama.LlamaForCausalLM":
+    llama = modules.get("LlamaForCausalLM") if isinstance(modules, dict) else None
+    if llama != "lmdeploy.pytorch.models.llama.LlamaForCausalLM":
         raise refuse(symbol, "does not name classes by their path")
 
     def apply() -> None:

@@ -68,8 +68,7 @@ def quiet_transformers() -> Iterator[None]:
 def entry(symbol: str, key: str, value: object) -> Patch:
     """One line in a map of LMDeploy's."""
     _, _, known = find(symbol)
-    sample = known.get("LlamaForCausalLM", known.get("LlamaDecoderLayer"))
-    if not isinstance(sample, type(value)):
+    if not isinstance(known, dict) or not all(isinstance(v, type(value)) for v in known.values()):
         raise refuse(symbol, f"does not hold {type(value).__name__} values")
 
     def apply() -> None:

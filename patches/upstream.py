@@ -71,15 +71,16 @@ def look_at(
     """
     _, _, held = find(symbol)
     function = held.__func__ if isinstance(held, staticmethod | classmethod) else held
-    if parameters is not None:
-        found = list(inspect.signature(function).parameters)
-        if found != list(parameters):
-            raise refuse(symbol, f"takes ({', '.join(found)}), not ({', '.join(parameters)})")
-    if contains:
-        source = inspect.getsource(function)
-        for line in contains:
-            if line not in source:
-                raise refuse(symbol, f"no longer contains `{line}`")
+    try:
+        found = list(inspect.signature(function).parameters) if parameters is not None else None
+        source = inspect.getsource(function) if contains else ""
+    except (TypeError, ValueError, OSError) as error:
+        raise refuse(symbol, f"cannot be looked into ({error})") from error
+    if parameters is not None and found != list(parameters):
+        raise refuse(symbol, f"takes ({', '.join(found)}), not ({', '.join(parameters)})")
+    for line in contains:
+        if line not in source:
+            raise refuse(symbol, f"no longer contains `{line}`")
     return held
 
 
