@@ -22,6 +22,7 @@ from lmdeploy.pytorch.backends.attention import (
     AttentionMetadata,
     PagedAttentionBuildSpec,
 )
+from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.default.cache import DefaultCacheBackend
 from lmdeploy.pytorch.backends.graph_runner import GraphRunner
@@ -33,6 +34,8 @@ from lmdeploy.pytorch.backends.rotary_embedding import (
 )
 from lmdeploy.pytorch.engine.cache_engine.layout import ContiguousBlockCacheLayout
 from lmdeploy.pytorch.model_inputs import StepContext
+
+from .cpu_linear import CpuLinearW4A16
 
 QUANTIZED_BITS = {QuantPolicy.INT8: 8, QuantPolicy.INT4: 4}
 
@@ -50,6 +53,8 @@ class CpuBackend(DefaultOpsBackend):
             return CpuAttention(spec)
         if isinstance(spec, RMSNormBuildSpec):
             return CpuRMSNorm(spec.hidden_size, spec.eps)
+        if isinstance(spec, LinearW4A16BuildSpec):
+            return CpuLinearW4A16(spec)
         if isinstance(spec, SiluAndMulBuildSpec):
             return CpuSiluAndMul()
         if isinstance(spec, ApplyRotaryEmbBuildSpec):

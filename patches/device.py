@@ -34,7 +34,6 @@ def patches() -> list[Patch]:
         agent(),
         warm_up_inputs(),
         engine_process(),
-        command_line(),
     ]
 
 
@@ -77,7 +76,8 @@ def batch_size() -> Patch:
 
     return exchange(
         symbol, "asserts that the device is a GPU", get_max_batch_size,
-        also=[f"{ENGINE}.config_builder.get_max_batch_size"],
+        also=[f"{ENGINE}.config_builder.get_max_batch_size",
+              "lmdeploy.cli.serve.get_max_batch_size"],
     )
 
 
@@ -231,7 +231,7 @@ def warm_up_inputs() -> Patch:
     return exchange(symbol, 'is asked for inputs on "cuda"', make_dummy)
 
 
-# ---- Processes and commands ----------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 def engine_process() -> Patch:
     """`Engine.from_pretrained`: the server wants the engine in a process of its own. That process
@@ -245,15 +245,3 @@ def engine_process() -> Patch:
         return original(cls, path, engine_config, *args, **kwargs)
 
     return exchange(symbol, "starts the engine in another process", classmethod(from_pretrained))
-
-
-def command_line() -> Patch:
-    """`ArgumentHelper.device`: the choices of `--device`."""
-    symbol = "lmdeploy.cli.utils.ArgumentHelper.device"
-    held = look_at(symbol, parameters=["parser", "default", "choices"])
-    original = held.__func__
-
-    def device(parser, default: str = "cpu", choices: tuple[str, ...] = ()):
-        return original(parser, default="cpu", choices=["cpu", "cuda", "ascend", "maca", "camb"])
-
-    return exchange(symbol, "--device does not offer cpu", staticmethod(device))

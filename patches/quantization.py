@@ -5,17 +5,22 @@ AWQ scales a weight's input channels by how strong their activations are, so tha
 they matter. To move a scale out of a matrix it must be put into what comes before: the maps say
 which norm, or which matrix, that is. Their keys are class names of the network in model/model.py.
 """
+import inspect
 import random
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from dataset.records import conversation_fault, parse_line, pick_data, text_fault
 from dataset.rows import encode_conversation
 from dataset.sampling import MAX_LINE_BYTES, Reservoir
+from training.files import move_files
 
 from .cuda_stand_in import Torch
 from .model import ARCHITECTURE
@@ -49,8 +54,8 @@ def patches() -> list[Patch]:
         forward(),
         data(),
         data_names(),
-        data_option(),
         bfloat16_weights(),
+        auto_awq(),
     ]
 
 
@@ -122,23 +127,6 @@ def data_names() -> Patch:
     )
 
 
-def data_option() -> Patch:
-    """`ArgumentHelper.calib_dataset`: the choices of `--calib-dataset`."""
-    symbol = "lmdeploy.cli.utils.ArgumentHelper.calib_dataset"
-    look_at(symbol, parameters=["parser"], contains=[f"default='{HUB_DATASET}'", "choices="])
-
-    def calib_dataset(parser):
-        return parser.add_argument(
-            "--calib-dataset",
-            default="sft",
-            help="text to calibrate on: a .jsonl or .txt file, a folder of them, or `sft` for the "
-            "data that train_sft.py uses",
-        )
-
-    return exchange(symbol, "accepts only names of data sets on a hub",
-                    staticmethod(calib_dataset))
-
-
 def bfloat16_weights() -> Patch:
     """`lite.utils.load` asks `torch.cuda` whether bfloat16 can be computed."""
     symbol = "lmdeploy.lite.utils.load.torch"
@@ -146,6 +134,61 @@ def bfloat16_weights() -> Patch:
         raise refuse(symbol, "is not torch")
     new = torch if torch.cuda.is_available() else Torch()
     return exchange(symbol, "refuses bfloat16 weights without a GPU", new)
+
+
+def auto_awq() -> Patch:
+    """`auto_awq` fails for a width that is no multiple of the group, and fills its folder file by
+    file, over what may have been there."""
+    symbol = "lmdeploy.lite.apis.auto_awq.auto_awq"
+    original = look_at(symbol, contains=["model.save_pretrained(work_dir", "'inputs_stats.pth'"])
+    signature = inspect.signature(original)
+
+    def auto_awq(*args, **kwargs) -> None:
+        settings = signature.bind(*args, **kwargs)
+        settings.apply_defaults()
+        wanted = settings.arguments
+        source, target = Path(wanted["model"]), Path(wanted["work_dir"])
+        if not (source / "config.json").is_file():
+            raise SystemExit(
+                f"{source} is no model folder; `python convert_to_transformers.py` makes one"
+            )
+        if wanted["device"] == "cuda" and not torch.cuda.is_available():
+            wanted["device"] = "cpu"
+        config = AutoConfig.from_pretrained(source, trust_remote_code=wanted["trust_remote_code"])
+        wanted["w_group_size"] = fitting_group(config, wanted["w_group_size"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantizing.") as temporary:
+            wanted["work_dir"] = temporary
+            original(*settings.args, **settings.kwargs)
+            for statistics in Path(temporary).glob("*_stats.pth"):
+                statistics.unlink()
+            for code in source.glob("*.py"):  # what `auto_map` in config.json points at
+                shutil.copy(code, temporary)
+            files = move_files(temporary, target)
+        before, after = (
+            sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+            for folder in (source, target)
+        )
+        print(f"{source} ({before:.1f} MB) → {target} ({after:.1f} MB), {len(files)} files")
+
+    return exchange(symbol, "wants widths that are multiples of 128", auto_awq)
+
+
+def fitting_group(config, wanted: int) -> int:
+    """The largest group of input channels, at most `wanted`, that divides every matrix's width.
+
+    Raises:
+        SystemExit: there is none of 32 or more.
+    """
+    widths = [config.hidden_size, config.intermediate_size]
+    group = wanted
+    while group >= 32 and any(width % group for width in widths):
+        group //= 2
+    if group < 32:
+        raise SystemExit(f"--w-group-size {wanted}: neither it nor a half of it divides {widths}")
+    if group != wanted:
+        print(f"Groups of {group}: {wanted} does not divide {' and '.join(map(str, widths))}")
+    return group
 
 
 # ---- Calibration text ----------------------------------------------------------------------------

@@ -4,22 +4,28 @@ The judge is transformers' own `LlamaForCausalLM` over the exported weights, gre
 counters are read from the engine's steps, so that a test of a path fails if the path is not taken.
 """
 import asyncio
+import json
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import openai
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 pytest.importorskip("lmdeploy", reason="LMDeploy is published for Linux on x86-64 only")
 
 import lmdeploy_pipeline
 import patches
-from model import MINI_DIR
+from model import MINI_DIR, YuanMengModel, preset_config
 from model.conversation import encode_conversation
-from model.export import save_llama
+from model.export import save_llama, save_yuanmeng
 from model.generation import generate_tokens
 from model.loading import load_model, load_tokenizer
 
@@ -351,6 +357,220 @@ def test_bfloat16_answers(steps, shipped):
         assert cache[0][0].dtype is torch.bfloat16
     finally:
         pipe.close()
+
+
+# ---- Quantization --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, shipped):
+    """The shipped model in 4 bits, calibrated on a few conversations of our own."""
+    patches.register()
+    from lmdeploy.lite.apis.auto_awq import auto_awq
+
+    folder = tmp_path_factory.mktemp("quantized")
+    save_yuanmeng(*shipped, folder / "model")
+    chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+             for question, answer in (("你是谁", "我是缘梦，一个从零开始训练的中文小语言模型。"),
+                                      ("3+5等于多少？", "3+5=8。"), ("李白是谁？", "李白是唐代诗人。"))]
+    text = "".join(json.dumps({"conversations": chat}) + "\n" for chat in chats * 30)
+    (folder / "chats.jsonl").write_text(text, encoding="utf-8")
+    (folder / "w4").mkdir()
+    (folder / "w4/mine.txt").write_text("mine")
+    auto_awq(str(folder / "model"), work_dir=str(folder / "w4"), calib_samples=8,
+             calib_seqlen=128, calib_dataset=str(folder / "chats.jsonl"))
+    return folder / "w4"
+
+
+@pytest.fixture(scope="module")
+def quantized_judge(quantized, judge, tmp_path_factory) -> Judge:
+    """transformers over the numbers that the 4-bit weights stand for, as LMDeploy reads them."""
+    from lmdeploy.pytorch.backends.default.awq_modules import dequantize_gemm
+
+    stored = load_file(quantized / "model.safetensors")
+    group = json.loads((quantized / "config.json").read_text())["quantization_config"]["group_size"]
+    state = {}
+    for name, tensor in stored.items():
+        if name.endswith(".qweight"):
+            part = name.removesuffix(".qweight")
+            scales = stored[f"{part}.scales"].half().float()  # LMDeploy keeps scales in float16
+            numbers = dequantize_gemm(tensor, stored[f"{part}.qzeros"], scales, 4, group)
+            state[f"{part}.weight"] = numbers.t().contiguous()
+        elif not name.endswith((".qzeros", ".scales")):
+            state[name] = tensor.float()
+    state["output.weight"] = state["tok_embeddings.weight"]
+    model = YuanMengModel(preset_config("mini"))
+    model.load_state_dict(state)
+    folder = tmp_path_factory.mktemp("dequantized")
+    save_llama(model, load_tokenizer(MINI_DIR, MINI_DIR), folder)
+    return Judge(folder)
+
+
+def test_auto_awq_writes_a_smaller_folder_that_is_whole(quantized):
+    names = {file.name for file in quantized.iterdir()}
+    assert names >= {"model.safetensors", "tokenizer.json", "chat_template.jinja", "model.py",
+                     "config.py", "cache.py", "config.json", "generation_config.json", "mine.txt"}
+    assert not {name for name in names if "stats" in name}
+    assert not list(quantized.parent.glob(".quantizing.*"))
+    size = (quantized / "model.safetensors").stat().st_size
+    # Of the model's numbers 36 % are embeddings, which stay as they are; the rest has 4 bits and
+    # a little for scales, in place of float32's 32.
+    full = (quantized.parent / "model/model.safetensors").stat().st_size
+    assert size < 0.46 * full
+    with pytest.raises(ValueError, match="quantized model; LMDeploy runs it"):
+        load_model(quantized)
+
+
+def linears(pipe) -> list:
+    """The engine's 4-bit matrices."""
+    from patches.cpu_linear import CpuLinearW4A16
+
+    network = pipe.async_engine.engine.executor.model_agent.patched_model.get_model()
+    modules = [module for module in network.modules()
+               if isinstance(getattr(module, "impl", None), CpuLinearW4A16)]
+    assert all(module.qweight.numel() == 0 and module.scales.numel() == 0 for module in modules)
+    return [module.impl for module in modules]
+
+
+def test_four_bits_in_float32_are_what_they_stand_for(quantized, quantized_judge, steps, text_ids):
+    pipe = start(quantized)
+    try:
+        assert len(linears(pipe)) == 4 * 4  # of each layer: wqkv, wo, w13, w2
+        assert_equal(pipe, quantized_judge, cut(text_ids, [3, 70, 200, 31]), [16, 12, 16, 20])
+    finally:
+        pipe.close()
+
+
+def test_four_bits_in_bfloat16_use_the_kernel_and_half_the_memory(quantized, steps, monkeypatch):
+    from lmdeploy import GenerationConfig
+
+    from patches import cpu_linear
+
+    turned_back, original = Counter(), cpu_linear.CpuLinearW4A16.numbers
+
+    def counted(self, dtype):
+        turned_back[dtype] += 1
+        return original(self, dtype)
+
+    monkeypatch.setattr(cpu_linear.CpuLinearW4A16, "numbers", counted)
+    pipe = start(quantized, dtype="bfloat16")
+    try:
+        weights = linears(pipe)
+        held = sum(linear.num_bytes() for linear in weights)
+        matrices = sum(4 * 256 * width for width in (512, 256, 1408, 704))
+        assert held < 0.65 * 2 * matrices  # of what bfloat16 takes
+        short = [{"role": "user", "content": "你是谁"}]
+        turned_back.clear()
+        greedy = GenerationConfig(max_new_tokens=40, do_sample=False)
+        assert "缘梦" in pipe(short, gen_config=greedy).text
+        assert not turned_back
+        pipe([{"role": "user", "content": "你好。" * 50}], gen_config=greedy)
+        assert turned_back == {torch.bfloat16: len(weights)}  # once: to read the long prompt
+    finally:
+        pipe.close()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 65])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_kernel_computes_what_awq_means(rows, group):
+    from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec
+    from lmdeploy.pytorch.backends.default.awq_modules import dequantize_gemm
+
+    from patches.cpu_linear import CpuLinearW4A16
+
+    torch.manual_seed(rows)
+    inputs, outputs = 256, 48
+    words = [torch.randint(-2**31, 2**31 - 1, shape, dtype=torch.int64).to(torch.int32)
+             for shape in ((inputs, outputs // 8), (inputs // group, outputs // 8))]
+    scales = torch.rand(inputs // group, outputs).half() * 0.01 + 0.001
+    linear = CpuLinearW4A16(LinearW4A16BuildSpec(inputs, outputs, 4, group, True, torch.float16))
+    weight = dequantize_gemm(*words, scales.float(), 4, group)
+    linear.update_weights(words[0], scales, words[1])
+    x, bias = torch.randn(1, rows, inputs), torch.randn(outputs)
+    exact = x @ weight + bias
+    nothing = torch.empty(0)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        y = linear.forward(x.to(dtype), nothing, nothing, nothing, bias)
+        assert y.dtype is dtype and y.shape == exact.shape
+        assert (y.float() - exact).norm() <= error * exact.norm()
+
+
+QUESTIONS = ["你是谁", "李白是谁？", "那杜甫呢？", "3加5等于多少", "你喜欢吃什么", "今天天气怎么样",
+             "写一个Python函数，求两个数的和。", "Who are you?"]
+
+
+@pytest.mark.parametrize(("policy", "share", "same"), [(8, 0.29, 8), (4, 0.17, 6)])
+def test_a_quantized_cache_is_smaller_and_answers_alike(
+    engine, steps, judge, shipped, policy, share, same
+):
+    """Of float32's bytes; and how many of eight answers are the same words, at least."""
+    from lmdeploy import GenerationConfig
+
+    greedy = GenerationConfig(max_new_tokens=32, do_sample=False)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    pipe = start(quant_policy=policy)
+    try:
+        agents = [p.async_engine.engine.executor.model_agent for p in (pipe, engine)]
+        ours, full = (agent.block_cache_plan.logical_block_nbytes for agent in agents)
+        assert ours < share * full
+        assert agents[0].cache_engine.gpu_cache[0][0].dtype is torch.uint8
+        answers = pipe(chats, gen_config=greedy)
+        expected = [shipped[1].decode(judge.answer(encode_conversation(shipped[1], chat), 32))
+                    for chat in chats]
+        equal = [answer.text == text for answer, text in zip(answers, expected, strict=True)]
+        assert sum(equal) >= same, [answer.text for answer in answers]
+        assert steps["decode steps"] > 0
+    finally:
+        pipe.close()
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+def test_the_server_speaks_openais_protocol(quantized, tmp_path):
+    """4-bit weights, 4-bit cache, our chat template; bound to this machine only, and gone with
+    Ctrl-C."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, ROOT / "lmdeploy_cli.py", "serve", "api_server", quantized,
+             "--quant-policy", "4", "--chat-template", "chat_templates.json", "--model-name",
+             "yuanmeng", "--server-port", str(port)],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(1200):
+            if "Uvicorn running on" in log.read_text() or server.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert f"Uvicorn running on http://127.0.0.1:{port}" in log.read_text(), log.read_text()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert [model.id for model in client.models.list()] == ["yuanmeng"]
+        ask = dict(model="yuanmeng", messages=[{"role": "user", "content": "你是谁"}],
+                   temperature=0.01, max_tokens=40)
+        whole = client.chat.completions.create(**ask)
+        assert "缘梦" in whole.choices[0].message.content
+        assert whole.choices[0].finish_reason == "stop" and whole.usage.prompt_tokens == 27
+        pieces = [chunk.choices[0].delta.content or ""
+                  for chunk in client.chat.completions.create(**ask, stream=True) if chunk.choices]
+        assert len([piece for piece in pieces if piece]) > 5 and "缘梦" in "".join(pieces)
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    finally:
+        server.kill()
+        server.wait()
+    assert "Traceback" not in log.read_text()
+
+
+def test_the_chat_command_answers(quantized):
+    run = subprocess.run(
+        [sys.executable, ROOT / "lmdeploy_cli.py", "chat", quantized, "--chat-template",
+         "chat_templates.json"],
+        cwd=ROOT, input="你是谁\n\nexit\n\n", capture_output=True, encoding="utf-8", check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "缘梦" in run.stdout and "exiting..." in run.stdout
 
 
 # ---- The script ----------------------------------------------------------------------------------

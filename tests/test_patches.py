@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lmdeploy", reason="LMDeploy is published for Linux on x86-64 only")
 
 from dataset.rows import encode_conversation
-from model import MINI_DIR
+from model import MINI_DIR, YuanMengConfig
 from model.loading import load_tokenizer
 from patches import SUPPORTED, UpstreamChanged, default_device, quantization, upstream
 
@@ -39,10 +39,11 @@ import sys, patches
 assert "lmdeploy" not in sys.modules and "torch" not in sys.modules
 import torch
 from patches.upstream import find
-from patches import device, model, quantization
+from patches import command_line, device, model, quantization
 
 def held():
-    names = [p.symbol for p in (*model.patches(), *quantization.patches(), *device.patches())]
+    modules = (model, quantization, command_line, device)
+    names = [p.symbol for module in modules for p in module.patches()]
     return {name: find(name)[2] for name in names if name.startswith("lmdeploy.")}
 
 before, cuda = held(), torch.cuda
@@ -68,11 +69,12 @@ def test_every_patch_refuses_a_symbol_that_has_changed():
     """Each symbol in turn becomes something else; then its patch says so, and nothing happens."""
     output = python("""
 import patches
-from patches import UpstreamChanged, device, model, quantization
+from patches import UpstreamChanged, command_line, device, model, quantization
 from patches.upstream import find
 
 def all_patches():
-    return [*model.patches(), *quantization.patches(), *device.patches()]
+    modules = (model, quantization, command_line, device)
+    return [patch for module in modules for patch in module.patches()]
 
 symbols = [p.symbol for p in all_patches() if p.symbol.startswith("lmdeploy.")]
 for symbol in symbols:
@@ -114,7 +116,7 @@ names = [p.symbol for p in device.patches()]
 before = {name: find(name)[2] for name in names}
 registered = {p.symbol for p in patches.register()}
 assert patches.default_device() == "cuda"
-assert not registered & set(names) and "lmdeploy.pytorch.models.module_map.MODULE_MAP" in registered
+assert not registered & {*names, "lmdeploy.cli.utils.ArgumentHelper.device"} and "lmdeploy.pytorch.models.module_map.MODULE_MAP" in registered
 assert {name: find(name)[2] for name in names} == before
 assert find("lmdeploy.lite.utils.load.torch")[2] is torch
 """)
@@ -269,6 +271,57 @@ def test_the_default_is_the_fine_tuning_data(tokenizer, tmp_path, monkeypatch):
     for name in ("sft", "wikitext2"):
         assert quantization.calibration_rows(name, tokenizer, nsamples=1, seqlen=50)
     assert asked == ["sft", "sft"]
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def test_commands_have_safe_and_fitting_defaults():
+    """The parsers are LMDeploy's; what they are told by default is looked at here."""
+    output = python("""
+import patches; patches.register()
+from lmdeploy.cli.entrypoint import CLI, SubCliLite, SubCliServe
+for group in (CLI, SubCliServe, SubCliLite):
+    group.add_parsers()
+def parsed(line):
+    return CLI.parser.parse_args(line.split())
+for command in ("api_server model", "proxy"):
+    assert parsed(f"serve {command}").server_name == "127.0.0.1"
+assert parsed("serve api_server model --server-name 0.0.0.0").server_name == "0.0.0.0"
+server = parsed("serve api_server model --quant-policy 4 --dtype float32")
+assert (server.server_port, server.quant_policy, server.dtype) == (None, 4, "float32")
+assert parsed("serve api_server model --quant-policy 8").quant_policy == 8
+awq = parsed("lite auto_awq model --work-dir w")
+assert (awq.calib_dataset, awq.calib_seqlen) == ("sft", 512)
+assert parsed("lite auto_awq model --calib-dataset my/text.jsonl").calib_dataset == "my/text.jsonl"
+import inspect
+from lmdeploy.cli import serve
+assert "server_port is not None else 23333" in inspect.getsource(serve.SubCliServe.api_server)
+print(server.device, parsed("chat model").device)
+""")
+    assert output.split() == [default_device()] * 2
+
+
+def test_the_template_for_commands_is_the_tokenizers(tokenizer):
+    from lmdeploy.model import ChatTemplateConfig
+
+    template = ChatTemplateConfig.from_json(str(ROOT / "chat_templates.json")).chat_template()
+    user, assistant = CHATS[0]
+    for messages in ([user], [user, assistant, user],
+                     [{"role": "system", "content": "简短地回答。"}, user]):
+        assert template.messages2prompt(messages) == tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True)
+    assert template.stop_words == ["</s>"]
+
+
+@pytest.mark.parametrize(("widths", "group"), [((512, 1408), 128), ((256, 704), 64),
+                                               ((96, 160), 32)])
+def test_groups_divide_the_widths(widths, group, capsys):
+    config = YuanMengConfig(hidden_size=widths[0], intermediate_size=widths[1],
+                            num_attention_heads=1, num_key_value_heads=1)
+    assert quantization.fitting_group(config, 128) == group
+    assert (f"Groups of {group}: 128 does not divide" in capsys.readouterr().out) == (group != 128)
+    with pytest.raises(SystemExit, match="neither it nor a half"):
+        quantization.fitting_group(config, 48)
 
 
 # ---- The doctor ----------------------------------------------------------------------------------
