@@ -15,8 +15,9 @@ from . import SUPPORTED, UpstreamChanged, default_device, register
 PACKAGES = ("torch", "transformers", "lmdeploy", "xgrammar", "tokenizers", "safetensors")
 NEEDED = {  # modules that the engine imports, and the distribution that holds each
     "lmdeploy": f"lmdeploy=={SUPPORTED}", "mmengine": "mmengine-lite", "zmq": "pyzmq",
-    "xgrammar": "xgrammar", "tvm_ffi": "apache-tvm-ffi", "cloudpickle": "cloudpickle", "fire": "fire",
-    "shortuuid": "shortuuid", "pybase64": "pybase64", "fastapi": "fastapi", "uvicorn": "uvicorn",
+    "xgrammar": "xgrammar", "tvm_ffi": "apache-tvm-ffi", "cloudpickle": "cloudpickle",
+    "fire": "fire", "shortuuid": "shortuuid", "pybase64": "pybase64", "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
     "openai": "openai", "prometheus_client": "prometheus_client",
 }
 

@@ -298,7 +298,7 @@ from lmdeploy.cli import serve
 assert "server_port is not None else 23333" in inspect.getsource(serve.SubCliServe.api_server)
 print(server.device, parsed("chat model").device)
 """)
-    assert output.split() == [default_device()] * 2
+    assert output.split()[-2:] == [default_device()] * 2  # after a warning of LMDeploy's
 
 
 def test_the_template_for_commands_is_the_tokenizers(tokenizer):
