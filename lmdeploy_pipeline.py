@@ -194,6 +194,8 @@ def longest_prompt(path: Path, settings: Settings) -> int:
 
 def start_engine(path: Path, settings: Settings, max_prompt: int):
     """LMDeploy's pipeline over the model at `path`, on the GPU or else on the CPU."""
+    if settings.dtype == "float32" and patches.default_device() == "cuda":
+        raise ValueError("LMDeploy computes in 16 bits on a GPU; leave out --dtype float32")
     patches.register()
     from lmdeploy import PytorchEngineConfig, pipeline
 

@@ -1,11 +1,12 @@
 """When does torch's 4-bit product beat turning the matrix back into numbers?
 
     python -m benchmarks.int4
-    python -m benchmarks.int4 --threads 1
+    python -m benchmarks.int4 --threads 1 --dtype float32
 """
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class Settings:
     outputs: int = option(2816, "output channels")
     group: int = option(128, "input channels that share a scale")
     threads: int = option(2, "CPU threads")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of what is multiplied")
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -46,15 +48,16 @@ def main() -> None:
         LinearW4A16BuildSpec(inputs, outputs, 4, group, False, torch.float16)
     )
     linear.update_weights(words[0], torch.rand(inputs // group, outputs).half() * 0.01, words[1])
-    dense = linear.numbers(torch.bfloat16)
-    print(f"{inputs} x {outputs}, bfloat16, {settings.threads} threads; microseconds")
+    dtype = getattr(torch, settings.dtype)
+    dense, scales = linear.numbers(dtype), linear.scales_offsets_GO2.to(dtype)
+    print(f"{inputs} x {outputs}, {settings.dtype}, {settings.threads} threads; microseconds")
     print("  rows   4-bit kernel   back to numbers   numbers alone")
     for rows in (1, 2, 4, 8, 16, 32, 64, 128, 512):
-        x = torch.randn(rows, inputs).bfloat16()
+        x = torch.randn(rows, inputs).to(dtype)
         times = (
             microseconds(lambda x=x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, linear.kernel_weight, group, linear.scales_offsets_GO2)),
-            microseconds(lambda x=x: F.linear(x, linear.numbers(torch.bfloat16))),
+                x, linear.kernel_weight, group, scales)),
+            microseconds(lambda x=x: F.linear(x, linear.numbers(dtype))),
             microseconds(lambda x=x: F.linear(x, dense)),
         )
         print(f"{rows:6d} {times[0]:14.0f} {times[1]:17.0f} {times[2]:15.0f}")

@@ -53,14 +53,20 @@ def engine_settings() -> Patch:
         if self.device_type != "cpu":
             return original(self)
         dtype = self.dtype
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
-        # All other checks are the original's, made as for the device that may do everything.
+        # The other checks are the original's, made as for the device that may do everything.
         self.device_type, self.dtype = "cuda", "auto"
         try:
             original(self)
         finally:
             self.device_type, self.dtype = "cpu", dtype
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+        if max(self.tp, self.dp, self.ep) > 1:
+            raise ValueError("the cpu device is one device: tp, dp and ep must be 1")
+        if self.quant_policy not in (0, 8, 4):
+            raise ValueError(
+                f"quant_policy must be 0, 8 or 4 on the cpu device, not {int(self.quant_policy)}"
+            )
         self.eager_mode = True  # there are no CUDA graphs
 
     return exchange(symbol, "refuses the device cpu and the dtype float32", post_init)

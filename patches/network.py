@@ -8,7 +8,8 @@ What differs, and why:
 - A norm also adds the residual, so that the sum is read once.
 - The layers know how to load a part of a weight (tensor parallelism) and int4 weights (AWQ).
 
-Shapes in names: N tokens of all sequences, D hidden width, H heads, K key/value heads, E head width.
+Shapes in names: N tokens of all sequences, D hidden width, H heads, K key/value heads, E head
+width.
 """
 from collections.abc import Iterable
 from typing import Any

@@ -116,7 +116,8 @@ names = [p.symbol for p in device.patches()]
 before = {name: find(name)[2] for name in names}
 registered = {p.symbol for p in patches.register()}
 assert patches.default_device() == "cuda"
-assert not registered & {*names, "lmdeploy.cli.utils.ArgumentHelper.device"} and "lmdeploy.pytorch.models.module_map.MODULE_MAP" in registered
+assert not registered & {*names, "lmdeploy.cli.utils.ArgumentHelper.device"}
+assert "lmdeploy.pytorch.models.module_map.MODULE_MAP" in registered
 assert {name: find(name)[2] for name in names} == before
 assert find("lmdeploy.lite.utils.load.torch")[2] is torch
 """)
@@ -159,8 +160,13 @@ def test_engine_settings_are_checked_as_before(monkeypatch):
                   {"device_type": "cpu", "block_size": 17}, {"dtype": "float32"}):
         with pytest.raises(AssertionError):
             PytorchEngineConfig(**wrong)
-    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16 or float16"):
-        PytorchEngineConfig(device_type="cpu", dtype="float8")
+    for wrong, message in (
+        ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, not 'float8'"),
+        ({"tp": 2}, "the cpu device is one device: tp, dp and ep must be 1"),
+        ({"quant_policy": 16}, "quant_policy must be 0, 8 or 4 on the cpu device, not 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PytorchEngineConfig(device_type="cpu", **wrong)
 
 
 def test_the_cache_takes_a_share_of_a_bounded_memory(monkeypatch):
