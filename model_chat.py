@@ -9,7 +9,6 @@ Next: convert_to_transformers.py
     python model_chat.py --mode 0 --temperature 0.5
     echo 你是谁 | python model_chat.py --temperature 0
 """
-import contextlib
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from model import MINI_DIR, TOKENIZER_DIR, YuanMengModel
 from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
 from model.loading import choose_dtype, find_weights, load_model, load_tokenizer
+from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
 
 
@@ -46,9 +46,6 @@ class Settings:
         default="auto", help="auto: bfloat16 where the processor computes in it, else float32"
     )
     stats: bool = HfArg(default=False, help="print the speed after each answer")
-
-
-HELP = "/clear forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer."
 
 
 class Chat:
@@ -139,50 +136,8 @@ class Chat:
                 f"the next {count} at {count / rest:.1f} tokens/s")
 
 
-def talk(chat: Chat) -> None:
-    """Read questions and print answers until the input ends."""
-    interactive = sys.stdin.isatty()
-    while True:
-        try:
-            text = input("🤔: " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            if interactive:
-                print()
-            return
-        if not text:
-            continue
-        if text in ("/exit", "/quit"):
-            return
-        if text == "/clear":
-            chat.clear()
-            note("the conversation is forgotten")
-        elif text == "/help":
-            note(HELP)
-        else:
-            if not interactive:  # nobody typed it on this screen: a transcript needs both sides
-                print(f"🤔: {text}")
-            speed = "interrupted"
-            try:
-                print("🤖: ", end="", flush=True)
-                speed = chat.reply(text, lambda piece: print(piece, end="", flush=True))
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-            print(flush=True)
-            if chat.settings.stats:
-                note(speed)
-
-
-def note(text: str) -> None:
-    """Say what is not part of the conversation: on stderr, so that stdout can be piped."""
-    print(f"[{text}]", file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    with contextlib.suppress(ImportError):  # Windows has no readline
-        import readline  # noqa: F401  (gives input() a history and line editing)
+    use_utf8()
     settings = parse_settings(Settings)
     try:
         stage = "sft" if settings.mode else "pretrain"

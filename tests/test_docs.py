@@ -5,6 +5,7 @@ given to that script's own settings, so that a renamed option breaks the test an
 """
 import dataclasses
 import importlib
+import importlib.util
 import re
 import shlex
 from functools import lru_cache
@@ -68,6 +69,30 @@ def parser_of(module_name: str) -> HfArgumentParser | None:
     return HfArgumentParser(settings) if settings else None
 
 
+@lru_cache
+def lmdeploy_parser():
+    """LMDeploy's own parser, with our commands in it."""
+    import patches
+
+    patches.register()
+    from lmdeploy.cli.entrypoint import CLI, SubCliLite, SubCliServe
+
+    for group in (CLI, SubCliServe, SubCliLite):
+        group.add_parsers()
+    return CLI.parser
+
+
+def lmdeploy_fault(arguments: list[str]) -> str | None:
+    """Why LMDeploy refuses a command line, or None; elsewhere than on Linux it cannot be asked."""
+    if importlib.util.find_spec("lmdeploy") is None:
+        return None
+    try:
+        lmdeploy_parser().parse_args(arguments)
+    except SystemExit:
+        return f"lmdeploy_cli.py refuses {' '.join(arguments)}"
+    return None
+
+
 def fault(words: list[str]) -> str | None:
     """Why a command cannot work, or None."""
     if words[0] == "torchrun":
@@ -96,6 +121,8 @@ def fault(words: list[str]) -> str | None:
     if not path.is_file():
         return f"no {path.relative_to(ROOT)}"
     arguments = [word for word in arguments if word not in ("-h", "--help")]
+    if module_name == "lmdeploy_cli":
+        return lmdeploy_fault(arguments)
     parser = parser_of(module_name)
     if parser is None:
         source = path.read_text(encoding="utf-8")
@@ -122,7 +149,8 @@ def test_the_readme_has_the_commands_of_all_its_stages():
               for words in commands((ROOT / "README.md").read_text("utf-8"))}
     assert starts >= {"quickstart.sh", "run_tests.sh", "setup.sh", "python -m dataset.starter",
                       "python -m dataset.download", "train_tokenizer.py", "train_pretrain.py",
-                      "train_sft.py", "model_chat.py", "evaluate.py"}
+                      "train_sft.py", "model_chat.py", "evaluate.py",
+                      "convert_to_transformers.py", "lmdeploy_pipeline.py", "lmdeploy_cli.py"}
 
 
 @pytest.mark.parametrize("command", [
@@ -138,6 +166,8 @@ def test_the_readme_has_the_commands_of_all_its_stages():
     "echo 你是谁 | python model_chat.py --no_such_option",
     "FAST=1 bash quickstart.sh --no_such_option",
     "bash no_such_script.sh",
+    "python lmdeploy_cli.py serve no_such_server model",
+    "python lmdeploy_cli.py lite auto_awq model --no-such-option",
 ])
 def test_a_wrong_command_is_found(command):
     (words,) = commands(f"```bash\n{command}\n```\n")

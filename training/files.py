@@ -55,6 +55,24 @@ def usual_permissions(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~umask)
 
 
+def move_files(source: str | Path, target: str | Path) -> list[Path]:
+    """Move the files of one folder into another, each taking its place whole and on the disk.
+
+    Returns their new paths, sorted. Files of other names stay in `target` as they were.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    moved = []
+    for file in sorted(Path(source).iterdir()):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        usual_permissions(file)
+        moved.append(target / file.name)
+        os.replace(file, moved[-1])
+    flush_folder(target)
+    return moved
+
+
 def flush_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable; file systems without this keep their own promise."""
     if os.name == "nt":

@@ -1,0 +1,72 @@
+"""Matrices of 4-bit weights (AWQ) on a CPU.
+
+A weight is (q - zero) · scale, with q and zero from 0 to 15, and one scale and zero for each group
+of input channels. A step that decodes few tokens spends its time on reading weights; torch's
+kernel reads the 4 bits as they are and beats a bfloat16 product although it computes more. With
+many rows, as in reading a prompt, computing counts: then a matrix is first turned back into
+numbers. In float32 torch's kernel is slow (one row of 512 x 2816: 2.1 ms, 0.6 ms by way of
+numbers), so it is not used.
+
+Shapes in names: M rows, I input channels, O output channels, G groups of input channels.
+"""
+import torch
+import torch.nn.functional as F
+from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec, LinearW4A16Impl
+from lmdeploy.pytorch.backends.default.awq_modules import unpack_awq
+
+# Up to so many rows the kernel wins. 512 x 2816 on one core: 0.52 ms against 1.00 at 32 rows, 1.04
+# against 1.14 at 64, 2.12 against 1.71 at 128 (python -m benchmarks.int4).
+MOST_ROWS = 64
+KERNEL_GROUPS = (32, 64, 128, 256)
+
+
+class CpuLinearW4A16(LinearW4A16Impl):
+    """y = x Wᵀ (+ bias) with 4-bit W, kept in 1 byte a weight: once for each way of computing."""
+
+    def __init__(self, spec: LinearW4A16BuildSpec):
+        if spec.w_bit != 4:
+            raise NotImplementedError(f"the cpu device has no {spec.w_bit}-bit weights (patches/)")
+        self.outputs, self.group = spec.out_features, spec.group_size
+        self.has_kernel = self.group in KERNEL_GROUPS and self.outputs % 16 == 0
+
+    def update_weights(self, qweight, scales, qzeros, bias=None):
+        """Called once when all is loaded: repack, and give the original's memory back."""
+        q_IO, zeros_GO = unpack_awq(qweight.data, qzeros.data, 4)
+        q_OI = q_IO.t().contiguous()
+        if self.has_kernel:
+            self.kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_OI.int(), 1)
+            # torch's weight is (q - 8) · scale + offset.
+            offset_GO = (8 - zeros_GO.float()) * scales.data.float()
+            scales_offsets = torch.stack((scales.data.float(), offset_GO), dim=-1)
+            self.scales_offsets_GO2 = scales_offsets.bfloat16().contiguous()
+        first, second = q_OI.to(torch.uint8).chunk(2, dim=1)
+        self.halves_OI = first | (second << 4)  # two weights in a byte
+        self.scales_OG1 = scales.data.float().t().contiguous()[:, :, None]
+        self.zeros_OG1 = zeros_GO.float().t().contiguous()[:, :, None]
+        nothing = qweight.data.new_empty(0)
+        return nothing, scales.data.new_empty(0), nothing.clone(), bias
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [O, I] in this dtype."""
+        q_OI = torch.cat((self.halves_OI & 0xF, self.halves_OI >> 4), dim=1)
+        q_OGi = q_OI.to(dtype).unflatten(1, (-1, self.group))
+        return ((q_OGi - self.zeros_OG1.to(dtype)) * self.scales_OG1.to(dtype)).flatten(1)
+
+    def forward(self, x, qweight, scales, qzeros, bias=None, all_reduce=False, group=None):
+        x_MI = x.flatten(0, -2)
+        if self.has_kernel and x.dtype is torch.bfloat16 and len(x_MI) <= MOST_ROWS:
+            y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x_MI, self.kernel_weight, self.group, self.scales_offsets_GO2
+            )
+        else:
+            y_MO = F.linear(x_MI, self.numbers(x.dtype))
+        if bias is not None:
+            y_MO += bias.to(y_MO.dtype)
+        if all_reduce:
+            torch.distributed.all_reduce(y_MO, group=group)
+        return y_MO.unflatten(0, x.shape[:-1])
+
+    def num_bytes(self) -> int:
+        """Memory of the weights as they are kept."""
+        held = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -1,0 +1,253 @@
+"""LMDeploy learns a device named "cpu". One function for each symbol of the engine that stands in
+the way; the work itself is in cpu_backend.py, which one of them (`backend`) hands over.
+
+Registered only where torch finds no GPU; there, nothing of this file is used.
+"""
+from typing import Any
+
+import torch
+
+from model.loading import choose_dtype
+
+from .cuda_stand_in import Torch, memory
+from .upstream import Patch, exchange, look_at, refuse
+
+MAX_BATCH_SIZE = 32  # more sequences at once make a CPU no faster
+ENGINE = "lmdeploy.pytorch.engine"
+
+
+def patches() -> list[Patch]:
+    """All of this file, checked and not applied."""
+    stand_in = Torch()
+    return [
+        engine_settings(),
+        batch_size(),
+        bfloat16_support(),
+        weight_dtype(),
+        backend(),
+        environment_check(),
+        *(streams(module, stand_in) for module in MODULES_WITH_STREAMS),
+        key_value_cache(),
+        state_cache(),
+        transfer(),
+        free_memory(),
+        agent(),
+        warm_up_inputs(),
+        engine_process(),
+    ]
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+def engine_settings() -> Patch:
+    """`PytorchEngineConfig` asserts that the device is one of four and the dtype of 16 bits."""
+    symbol = "lmdeploy.messages.PytorchEngineConfig.__post_init__"
+    original = look_at(
+        symbol,
+        parameters=["self"],
+        contains=["assert self.dtype in ['auto', 'float16', 'bfloat16']",
+                  "assert self.device_type in ['cuda',"],
+    )
+
+    def post_init(self) -> None:
+        if self.device_type != "cpu":
+            return original(self)
+        dtype = self.dtype
+        # The other checks are the original's, made as for the device that may do everything.
+        self.device_type, self.dtype = "cuda", "auto"
+        try:
+            original(self)
+        finally:
+            self.device_type, self.dtype = "cpu", dtype
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+        if max(self.tp, self.dp, self.ep) > 1:
+            raise ValueError("the cpu device is one device: tp, dp and ep must be 1")
+        if self.quant_policy not in (0, 8, 4):
+            raise ValueError(
+                f"quant_policy must be 0, 8 or 4 on the cpu device, not {int(self.quant_policy)}"
+            )
+        self.eager_mode = True  # there are no CUDA graphs
+
+    return exchange(symbol, "refuses the device cpu and the dtype float32", post_init)
+
+
+def batch_size() -> Patch:
+    """`get_max_batch_size` knows only GPUs."""
+    symbol = "lmdeploy.utils.get_max_batch_size"
+    original = look_at(symbol, parameters=["device_type"], contains=["assert device_type in"])
+
+    def get_max_batch_size(device_type: str) -> int:
+        return MAX_BATCH_SIZE if device_type == "cpu" else original(device_type)
+
+    return exchange(
+        symbol, "asserts that the device is a GPU", get_max_batch_size,
+        also=[f"{ENGINE}.config_builder.get_max_batch_size",
+              "lmdeploy.cli.serve.get_max_batch_size"],
+    )
+
+
+def bfloat16_support() -> Patch:
+    """`is_bf16_supported` answers None for a device that it does not know."""
+    symbol = "lmdeploy.utils.is_bf16_supported"
+    original = look_at(symbol, parameters=["device_type"])
+
+    def is_bf16_supported(device_type: str = "cuda") -> bool:
+        return True if device_type == "cpu" else original(device_type)
+
+    return exchange(
+        symbol, "does not know the device cpu", is_bf16_supported,
+        also=["lmdeploy.pytorch.config.is_bf16_supported"],
+    )
+
+
+def weight_dtype() -> Patch:
+    """`_update_torch_dtype` turns float32 into float16, in which a CPU is slowest of all."""
+    symbol = "lmdeploy.pytorch.config._update_torch_dtype"
+    original = look_at(
+        symbol, parameters=["config", "dtype", "device_type"],
+        contains=["config.dtype = torch.float16", "config.dtype = resolved_dtype"],
+    )
+
+    def update_torch_dtype(config, dtype: str, device_type: str = "auto"):
+        if device_type != "cpu":
+            return original(config, dtype, device_type)
+        config.dtype = choose_dtype(dtype, "cpu")
+        return config
+
+    return exchange(symbol, "knows only 16-bit weights", update_torch_dtype)
+
+
+# ---- Operators -----------------------------------------------------------------------------------
+
+def backend() -> Patch:
+    """`_get_backend` chooses the operators of a device: the one hook that all layers go through."""
+    symbol = "lmdeploy.pytorch.backends.selector._get_backend"
+    original = look_at(symbol, parameters=[], contains=["device_mgr.current_context()"])
+
+    def get_backend():
+        from lmdeploy.pytorch.devices import get_device_manager
+
+        if get_device_manager().current_context().device_type != "cpu":
+            return original()
+        from .cpu_backend import CpuBackend
+
+        return CpuBackend
+
+    return exchange(symbol, "has no operators for the device cpu", get_backend)
+
+
+def environment_check() -> Patch:
+    """`TorchChecker` tries torch on a GPU before the engine starts."""
+    symbol = "lmdeploy.pytorch.check_env.torch.TorchChecker.__init__"
+    original = look_at(symbol, parameters=["self", "device", "logger"])
+
+    def init(self, device: str = "cuda", logger=None) -> None:
+        original(self, device="cpu", logger=logger)
+
+    return exchange(symbol, "makes its test tensor on a GPU", init)
+
+
+# ---- Streams, memory and the literal "cuda" ------------------------------------------------------
+
+MODULES_WITH_STREAMS = (
+    f"{ENGINE}.model_agent.agent",
+    f"{ENGINE}.model_agent.inputs_maker",
+    f"{ENGINE}.cache_engine.engine",
+    f"{ENGINE}.logits_process",
+)
+
+
+def streams(module: str, stand_in: Torch) -> Patch:
+    """A module's own name `torch`: with it, `torch.cuda.Stream()` works without a GPU."""
+    symbol = f"{module}.torch"
+    if look_at(symbol) is not torch:
+        raise refuse(symbol, "is not torch")
+    return exchange(symbol, "makes CUDA streams and events", stand_in)
+
+
+def on_cpu(device: Any) -> Any:
+    """The device to use where LMDeploy names "cuda"."""
+    return "cpu" if str(device).startswith("cuda") else device
+
+
+def key_value_cache() -> Patch:
+    """`BlockCachePlan.allocate` is called with the literal "cuda"."""
+    symbol = f"{ENGINE}.cache_engine.plan.BlockCachePlan.allocate"
+    original = look_at(symbol, parameters=["self", "num_logical_blocks", "device"])
+
+    def allocate(self, num_logical_blocks: int, device):
+        return original(self, num_logical_blocks, on_cpu(device))
+
+    return exchange(symbol, 'is asked for memory on "cuda"', allocate)
+
+
+def state_cache() -> Patch:
+    """`_allocate_state_caches` likewise; it is called even for models that have no such state."""
+    symbol = f"{ENGINE}.cache_engine.state._allocate_state_caches"
+    original = look_at(symbol, parameters=["tensor_specs", "num_caches", "device"])
+
+    def allocate(tensor_specs, num_caches: int, device):
+        return original(tensor_specs, num_caches, on_cpu(device))
+
+    return exchange(symbol, 'is asked for memory on "cuda"', allocate)
+
+
+def transfer() -> Patch:
+    """`_try_to_cuda` sends a step's inputs to the GPU."""
+    symbol = f"{ENGINE}.model_agent.agent._try_to_cuda"
+    look_at(symbol, parameters=["val", "non_blocking"], contains=["val.to_device('cuda'"])
+
+    def try_to_cpu(val, non_blocking: bool = False):
+        return val if val is None or isinstance(val, torch.Tensor) else val.to_device("cpu")
+
+    return exchange(symbol, "copies inputs to a GPU", try_to_cpu)
+
+
+def free_memory() -> Patch:
+    """`get_gpu_memory`: the KV cache is laid out to fit into what it reports as free."""
+    symbol = "lmdeploy.pytorch.utils.get_gpu_memory"
+    look_at(symbol, parameters=["device_id"], contains=["torch.cuda.mem_get_info"])
+    return exchange(symbol, "asks a GPU for its free memory", memory,
+                    also=[f"{ENGINE}.model_agent.agent.get_gpu_memory"])
+
+
+def agent() -> Patch:
+    """`BaseModelAgent` builds the network on the device that it notes in `self.device`."""
+    symbol = f"{ENGINE}.model_agent.agent.BaseModelAgent.__init__"
+    original = look_at(symbol, contains=["device = 'cuda'", "self.device = device"])
+
+    def init(self, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)
+        self.device = "cpu"
+
+    return exchange(symbol, 'builds the network on "cuda"', init)
+
+
+def warm_up_inputs() -> Patch:
+    """`ARModelInputsStrategy.make_dummy` makes the inputs of a trial run, on "cuda"."""
+    symbol = "lmdeploy.pytorch.strategies.ar.model_inputs.ARModelInputsStrategy.make_dummy"
+    original = look_at(symbol, parameters=[
+        "self", "batch_size", "is_decoding", "device", "dummy_block_id", "vocab_size",
+        "max_q_seqlen", "meta"])
+
+    def make_dummy(self, batch_size: int, is_decoding: bool, device="cpu", **kwargs):
+        return original(self, batch_size, is_decoding, device=on_cpu(device), **kwargs)
+
+    return exchange(symbol, 'is asked for inputs on "cuda"', make_dummy)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+def engine_process() -> Patch:
+    """`Engine.from_pretrained`: the server wants the engine in a process of its own. That process
+    imports the entry script again, and on a busy machine of few cores the two lost each other."""
+    symbol = f"{ENGINE}.engine.Engine.from_pretrained"
+    original = look_at(symbol, contains=["engine_config.enable_mp_engine"]).__func__
+
+    def from_pretrained(cls, path, engine_config=None, *args, **kwargs):
+        if engine_config is not None and engine_config.device_type == "cpu":
+            engine_config.enable_mp_engine = False
+        return original(cls, path, engine_config, *args, **kwargs)
+
+    return exchange(symbol, "starts the engine in another process", classmethod(from_pretrained))
