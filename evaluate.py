@@ -1,33 +1,38 @@
 """An honest report card: what a model knows, and how it talks, on text it was not trained on.
 
-In:   a checkpoint (out/*.pth, or a folder in Hugging Face's layout) and dataset/eval_starter.jsonl.
-Out:  a table on the screen and in out/report.md, every reply in out/report.jsonl.
+In:   a checkpoint (out/*.pth; a folder in Hugging Face's layout, quantized by AWQ or not; or a
+      server with OpenAI's interface) and dataset/eval_starter.jsonl.
+Out:  a table on the screen and in out/report.md, a chart in out/report.png, every reply in
+      out/report.jsonl. The same seed gives the same files.
 
 Three kinds of tasks: held-out texts, in bits per byte; multiple choice, by the likelihood of each
 choice per byte, beside the rate of guessing; and conversations, answered greedily and checked
-against the facts they ask for. Rates come with 95 % intervals (Wilson, 1927).
+against the facts they ask for. All scores have 95 % intervals; two checkpoints are compared item
+by item (training/significance.py).
 
     python evaluate.py                            # the model that model_chat.py would talk to
     python evaluate.py --model out/pretrain_256.pth --tasks bits_per_byte,poem_next
+    python evaluate.py --compare out/sft_256.pth
 """
 
+import hashlib
 import json
-import math
-import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from model import TOKENIZER_DIR, YuanMengModel
-from model.loading import find_weights, load_model, load_tokenizer
+from dataset.tasks import EXAM, draw, read_exams, read_tasks
+from model.endpoint import Endpoint
+from model.loading import find_weights
+from model.scoring import Checkpoint
 from training.files import atomic_write
+from training.measurement import Score, judge_replies, score_choices, score_texts
+from training.report_card import draw_chart, print_rows, report_rows, write_report
 from training.settings import option, parse_settings
+
+URL = ("http://", "https://")
 
 
 @dataclass
@@ -35,210 +40,121 @@ class Settings:
     """What to measure."""
 
     model: str | None = option(None, "a .pth file or a model folder; default: as model_chat.py")
+    base_url: str | None = option(None, "measure the model served there: http://127.0.0.1:23333/v1")
+    api_key: str | None = option(None, "of that server, if it wants one")
+    compare: str | None = option(None, "a second checkpoint: file, folder or URL")
     data: str = option(
         "dataset/eval_starter.jsonl", "the tasks; python -m dataset.starter makes them"
     )
     tasks: str = option("all", "names separated by commas")
-    limit: int = option(200, "items per task at most (0: all)")
+    exam_dir: str | None = option(None, "folder of C-Eval or CMMLU .csv files, for the task exam")
+    limit: int = option(200, "items per task, source and subject at most (0: all)")
+    seed: int = option(42, "of the items drawn, the bootstrap and the sign-flip test")
     max_new_tokens: int = option(96, "a reply that has not ended by then counts as endless")
     batch_size: int = option(32, "sequences at a time")
-    output: str = option("out/report.md", "the report; the replies go beside it as .jsonl")
+    output: str = option("out/report.md", "the report; chart and replies go beside it")
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a rate, sound for rates near 0 and 1 as well."""
-    rate, spread = right / total, z * z / total
-    centre = (rate + spread / 2) / (1 + spread)
-    margin = z / (1 + spread) * math.sqrt(rate * (1 - rate) / total + spread / (4 * total))
-    return max(0.0, centre - margin), min(1.0, centre + margin)
+def check(settings: Settings) -> None:
+    """Raise a ValueError that names the first setting that cannot be."""
+    if settings.base_url and settings.model:
+        raise ValueError("--base_url and --model are two models; give the second as --compare")
+    if settings.base_url and not settings.base_url.startswith(URL):
+        raise ValueError(f"--base_url {settings.base_url} is no URL; it begins with http://")
+    for name, least in (("limit", 0), ("seed", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-@torch.inference_mode()
-def continuation_losses(
-    model: YuanMengModel, pairs: list[tuple[list[int], list[int]]], batch_size: int
-) -> list[float]:
-    """Nats of each continuation after its context, for (context ids, continuation ids) pairs."""
-    losses = [0.0] * len(pairs)
-    limit = model.config.max_position_embeddings
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    for start in tqdm(range(0, len(order), batch_size), desc="scoring", leave=False, disable=None):
-        chosen = order[start : start + batch_size]
-        rows = [(pairs[i][0] + pairs[i][1])[-limit:] for i in chosen]
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=model.device)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(
-                tokens
-            )  # causal: padding on the right changes nothing
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        nats = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), ids[:, 1:], reduction="none"
-        )
-        for i, row, tokens in zip(chosen, nats, rows, strict=True):
-            last = len(tokens) - 1
-            losses[i] = row[max(0, last - len(pairs[i][1])) : last].sum().item()
-    return losses
-
-
-@torch.inference_mode()
-def greedy_replies(
-    model: YuanMengModel, tokenizer, items: list[dict], settings: Settings
-) -> list[tuple[str, bool]]:
-    """(reply, whether it ended by itself) to each item's conversation, without any sampling."""
-    tokenizer.padding_side = "left"
-    replies: list[tuple[str, bool]] = []
-    size = settings.batch_size
-    for start in tqdm(range(0, len(items), size), desc="chatting", leave=False, disable=None):
-        inputs = tokenizer.apply_chat_template(
-            [item["conversations"] for item in items[start : start + size]],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-        ).to(model.device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for ids in output[:, inputs["input_ids"].shape[1] :]:
-            ended = bool((ids == tokenizer.eos_token_id).any())
-            replies.append((tokenizer.decode(ids, skip_special_tokens=True), ended))
-    return replies
-
-
-def is_right(item: dict, reply: str) -> bool:
-    """Whether a reply says what the item asks for."""
-    if item.get("match") == "number":
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", reply)
-        return bool(numbers) and numbers[-1] in item["accept"]
-    if "accept_all" in item:
-        return all(text in reply for text in item["accept_all"])
-    return any(text in reply for text in item["accept"])
-
-
-def loops(reply: str, ended: bool) -> bool:
-    """Whether a reply runs in circles: it never ends, or says something three times in a row.
-
-    A number may have as many zeros as it likes.
-    """
-    repeated = re.finditer(r"(.{2,}?)\1\1", reply, re.DOTALL)
-    return not ended or any(not match[1].isdigit() for match in repeated)
-
-
-def read_tasks(settings: Settings) -> dict[str, list[dict]]:
-    """Items by task, the first `limit` of each (texts: of each source)."""
+def read_items(settings: Settings) -> tuple[dict[str, list[dict]], list[str]]:
+    """The items to measure by task, and what the report must say about them."""
     path = Path(settings.data)
-    if not path.exists():
-        sys.exit(f"{path} does not exist: `python -m dataset.starter` makes it")
-    tasks: dict[str, list[dict]] = defaultdict(list)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line)
-                tasks[item["task"]].append(item)
-            except (ValueError, KeyError, TypeError):
-                sys.exit(f"{path}:{number}: is no task; `python -m dataset.starter` makes the file")
+    tasks = read_tasks(path)
+    notes = [f"data: {path} (SHA-256 {digest(path)})"]
+    if settings.exam_dir:
+        folder = Path(settings.exam_dir)
+        tasks[EXAM], left_out = read_exams(folder)
+        notes += [f"exam_dir: {folder} (SHA-256 {digest(*sorted(folder.rglob('*.csv')))})"]
+        notes += left_out
     wanted = list(tasks) if settings.tasks == "all" else settings.tasks.split(",")
     for name in wanted:
         if name not in tasks:
-            sys.exit(f"--tasks {name}: {path} holds {', '.join(tasks)}")
-    return {
-        name: tasks[name][: settings.limit or None]
-        if tasks[name][0]["kind"] != "text"
-        else tasks[name]
-        for name in wanted
-    }
+            raise ValueError(f"--tasks {name}: {path} holds {', '.join(tasks)}")
+    return {name: draw(tasks[name], settings.limit, settings.seed) for name in wanted}, notes
+
+
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def open_checkpoint(where: str | None, settings: Settings) -> Checkpoint | Endpoint:
+    """The model at a path or URL; by default the one model_chat.py would talk to."""
+    if where and where.startswith(URL):
+        return Endpoint(where, settings.api_key)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Checkpoint(find_weights("sft", where), settings.batch_size, device)
 
 
 def measure(
-    model: YuanMengModel, tokenizer, tasks: dict[str, list[dict]], settings: Settings
-) -> tuple[list[tuple[str, ...]], list[dict]]:
-    """The rows of the report (task, items, score, 95 % interval, chance) and all replies."""
-    rows: list[tuple[str, ...]] = []
+    checkpoint: Checkpoint | Endpoint, tasks: dict[str, list[dict]], max_new_tokens: int
+) -> tuple[list[Score], list[dict]]:
+    """All scores of a checkpoint, and its replies."""
+    scores: list[Score] = []
     chats: list[dict] = []
-    bos = [tokenizer.bos_token_id]
     for name, items in tasks.items():
         kind = items[0]["kind"]
+        if kind not in checkpoint.kinds:
+            continue  # `left_out` tells the reader
         if kind == "text":
-            pairs = [(bos, encode(tokenizer, item["text"])) for item in items]
-            nats, size = defaultdict(float), defaultdict(int)
-            for item, loss in zip(items, continuation_losses(model, pairs, 8), strict=True):
-                nats[item["source"]] += loss
-                size[item["source"]] += len(item["text"].encode())
-            for source in sorted(nats):
-                bits = nats[source] / math.log(2) / size[source]
-                count = sum(item["source"] == source for item in items)
-                rows.append((f"bits per byte: {source}", str(count), f"{bits:.3f}", "", ""))
+            scores += score_texts(checkpoint, items)
         elif kind == "choice":
-            pairs = [
-                (bos + encode(tokenizer, item["question"]), encode(tokenizer, choice))
-                for item in items
-                for choice in item["choices"]
-            ]
-            losses = iter(continuation_losses(model, pairs, settings.batch_size))
-            right = 0
-            for item in items:
-                per_byte = [next(losses) / len(choice.encode()) for choice in item["choices"]]
-                right += per_byte.index(min(per_byte)) == item["answer"]
-            chance = sum(1 / len(item["choices"]) for item in items) / len(items)
-            rows.append((name, *rate_columns(right, len(items)), f"{chance:.1%}"))
+            scores += score_choices(checkpoint, name, items)
         else:
-            replies = greedy_replies(model, tokenizer, items, settings)
-            verdicts = [
-                is_right(item, reply) for item, (reply, _) in zip(items, replies, strict=True)
-            ]
-            rows.append((name, *rate_columns(sum(verdicts), len(items)), ""))
-            chats += [
-                {
-                    "task": name,
-                    "question": item["conversations"][-1]["content"],
-                    "reply": reply,
-                    "right": verdict,
-                    "loops": loops(reply, ended),
-                }
-                for item, (reply, ended), verdict in zip(items, replies, verdicts, strict=True)
-            ]
+            score, replies = judge_replies(checkpoint, name, items, max_new_tokens)
+            scores.append(score)
+            chats += replies
     if chats:
-        looping = sum(chat["loops"] for chat in chats)
-        rows.append(("replies that loop", *rate_columns(looping, len(chats)), ""))
-    return rows, chats
-
-
-def rate_columns(right: int, total: int) -> tuple[str, str, str]:
-    low, high = wilson_interval(right, total)
-    return str(total), f"{right / total:.1%}", f"{low:.1%} – {high:.1%}"
+        looping = [chat["loops"] for chat in chats]
+        scores.append(Score("replies that loop", looping, lower_is_better=True))
+    if not scores:
+        raise ValueError(f"{checkpoint.name}: nothing to measure: {checkpoint.left_out}")
+    return scores, chats
 
 
 def main() -> None:
     settings = parse_settings(Settings)
+    columns: dict[str, list[Score]] = {}
+    chats: list[dict] = []
     try:
-        path = find_weights("sft", settings.model)
-        model, name = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    except (FileNotFoundError, ValueError) as error:
+        check(settings)
+        tasks, notes = read_items(settings)
+        names = ("tasks", "limit", "seed", "max_new_tokens", "batch_size")
+        notes.append(", ".join(f"{name}: {getattr(settings, name)}" for name in names))
+        models = [settings.base_url or settings.model]
+        models += [settings.compare] if settings.compare else []
+        for where in models:
+            checkpoint = open_checkpoint(where, settings)
+            name = checkpoint.name + (" (2)" if checkpoint.name in columns else "")
+            notes.append(f"model {name}: {checkpoint.source}")
+            if checkpoint.left_out:
+                notes.append(f"left out for {name}: {checkpoint.left_out}")
+            columns[name], replies = measure(checkpoint, tasks, settings.max_new_tokens)
+            chats += replies
+    except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")
-    tokenizer = load_tokenizer(path, TOKENIZER_DIR)
-    rows, chats = measure(model, tokenizer, read_tasks(settings), settings)
 
-    header = ("task", "items", "score", "95 % interval", "chance")
-    table = Table(*header, title=f"{name} ({path})")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    rows = report_rows(columns, settings.seed)
+    print_rows(rows, title=" and ".join(columns))
     output = Path(settings.output)
-    with atomic_write(output, "w") as file:
-        file.write(f"# {name}\n\n")
-        for row in (header, ("---",) * len(header), *rows):
-            file.write(f"| {' | '.join(row)} |\n")
-    with atomic_write(output.with_suffix(".jsonl"), "w") as file:
-        file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
-    print(f"Report: {output}; replies: {output.with_suffix('.jsonl')}")
+    chart, talk = output.with_suffix(".png"), output.with_suffix(".jsonl")
+    try:
+        draw_chart(columns, settings.seed, chart)
+        write_report(output, rows, columns, notes, chart.name)
+        with atomic_write(talk, "w") as file:
+            file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+    except OSError as error:
+        sys.exit(f"evaluate.py: cannot write {output}: {error.strerror}")
+    print(f"Report: {output}; chart: {chart}; replies: {talk}")
 
 
 if __name__ == "__main__":

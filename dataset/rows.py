@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,6 +91,7 @@ class PackedRows:
     heldout: RowSet  # may be empty if the file has few records
     meta: dict  # what the cache was made from, and counts
     path: Path  # the cache folder
+    sources: dict[str, str]  # hashes of what the rows were made from: "data" and "tokenizer"
 
 
 def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
@@ -98,9 +100,10 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
     """Tokenise and pack a JSONL file (`kind` "pretrain" or "sft") into rows, or open its cache.
 
     `row_length` is T, the number of positions a row trains. About one record in 200, chosen by a
-    hash of its content, is held out (at most 2,000 rows). With several processes, let rank 0 call
-    first and the others, after a barrier, with `build=False`: that only opens, and raises
-    `CacheError` if there is nothing to open.
+    hash of its content, is held out (at most 2,000 rows). With several processes, let the first of
+    each machine call first and the others, after a barrier, with `build=False`: that only opens,
+    and raises `CacheError` if there is nothing to open. Machines that share the disk build the
+    same rows beside each other, and the first to finish wins.
 
     Raises `BrokenData` (see `read_records`), `FileNotFoundError`, `CacheError` (disk full).
     """
@@ -113,16 +116,16 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
     if len(tokenizer) > 2**16:
         raise ValueError(f"{tokenizer_dir}: {len(tokenizer):,} tokens do not fit into 16 bits")
 
-    key = cache_key(data_path, tokenizer, kind, row_length)
+    key, sources = cache_key(data_path, tokenizer, kind, row_length)
     folder = cache_dir / f"{data_path.stem}-{kind}-{row_length}-{key}"
-    rows = _open_if_sound(folder)
+    rows = _open_if_sound(folder, sources)
     if rows is None:
         if not build:
             raise CacheError(f"No usable row cache for {data_path} in {cache_dir}: "
                              "the first process has to build it.")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         _build(data_path, kind, tokenizer, row_length, folder, strict)
-        rows = _open_rows(folder)
+        rows = _open_rows(folder, sources)
     elif strict and rows.meta["broken"]:  # the cache was made without strict: name the line
         for _ in read_numbered(data_path, kind, strict=True):
             pass
@@ -130,16 +133,20 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
 
 
 def cache_key(data_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str,
-              row_length: int) -> str:
-    """Hash everything that the rows depend on (the data file by its content)."""
+              row_length: int) -> tuple[str, dict[str, str]]:
+    """Hash everything that the rows depend on (the data file by its content).
+
+    Returns the hash of all of it, and those of the data and of the tokenizer alone.
+    """
     digest = hashlib.blake2b(digest_size=8)
     with data_path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    settings = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-                kind, row_length, FORMAT_VERSION, HELDOUT_ONE_IN, HELDOUT_MAX_ROWS]
+    data = digest.hexdigest()
+    ours = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    settings = [*ours, kind, row_length, FORMAT_VERSION, HELDOUT_ONE_IN, HELDOUT_MAX_ROWS]
     digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), {"data": data, "tokenizer": _hash(json.dumps(ours).encode()).hex()}
 
 
 # ---- Conversations: the chat template, and which of its tokens are learnt -----------------------
@@ -259,7 +266,8 @@ def _build(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, row_l
            folder: Path, strict: bool) -> None:
     """Write the rows into a temporary folder beside `folder`, then rename it."""
     before = data_path.stat()
-    temporary = folder.with_name(f".building-{os.getpid()}-{folder.name}")
+    # On a disk that several machines share, each builds in a folder of its own.
+    temporary = folder.with_name(f".building-{os.getpid()}@{socket.gethostname()}@{folder.name}")
     try:
         temporary.mkdir(parents=True)
         _remove_abandoned(folder.parent)
@@ -547,19 +555,19 @@ class BestFitPacker(RowWriter):
 
 # ---- The cache folder ---------------------------------------------------------------------------
 
-def _open_if_sound(folder: Path) -> PackedRows | None:
+def _open_if_sound(folder: Path, sources: dict[str, str]) -> PackedRows | None:
     """Open a cache; if there is none, or it is damaged (then say so), return None."""
     if not folder.is_dir():
         return None
     try:
-        return _open_rows(folder)
+        return _open_rows(folder, sources)
     except (OSError, ValueError, KeyError) as damage:
         print(f"The row cache {folder} is damaged ({damage}); it has to be built again.",
               file=sys.stderr)
         return None
 
 
-def _open_rows(folder: Path) -> PackedRows:
+def _open_rows(folder: Path, sources: dict[str, str]) -> PackedRows:
     """Memory-map a finished cache; raise ValueError, KeyError or OSError if it is damaged."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     sides = {}
@@ -576,7 +584,7 @@ def _open_rows(folder: Path) -> PackedRows:
                             else np.empty(shape, dtype))  # an empty file cannot be mapped
         sides[side] = RowSet(**arrays, num_tokens=meta[side]["tokens"],
                              target_bytes=meta[side]["target_bytes"])
-    return PackedRows(sides["train"], sides["heldout"], meta, folder)
+    return PackedRows(sides["train"], sides["heldout"], meta, folder, sources)
 
 
 def _write_file(path: Path, text: str) -> None:
@@ -587,9 +595,9 @@ def _write_file(path: Path, text: str) -> None:
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what killed builds left behind."""
-    for folder in cache_dir.glob(".building-*"):
-        pid = folder.name.split("-")[1]
+    """Remove what killed builds left, but not another machine's: it may still be at work."""
+    for folder in cache_dir.glob(f".building-*@{glob.escape(socket.gethostname())}@*"):
+        pid = folder.name.removeprefix(".building-").split("@")[0]
         if not (pid.isdigit() and psutil.pid_exists(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 

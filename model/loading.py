@@ -1,22 +1,37 @@
 """Getting a trained model back from disk: a `.pth` file of the trainers, or a Hugging Face folder.
 
-Both are checked key by key and shape by shape before anything is used: a truncated download, a
+A folder's weights may be quantized by AWQ; they come back as ordinary matrices (`model/awq.py`).
+All are checked key by key and shape by shape before anything is used: a truncated download, a
 resume state or somebody else's model ends in one line that says so. `.pth` files are read with
 `weights_only=True`, and safetensors cannot hold code, so a file from a stranger cannot run any.
 """
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from .awq import dequantize_state
 from .config import MINI_DIR, PRESETS, YuanMengConfig, default_preset, preset_config
 from .model import YuanMengModel
 
 OUT = Path("out")
 DEFAULT_HEAD_DIM = 64
+# What a file that is damaged, or no checkpoint, has been seen to raise.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
+              zipfile.BadZipFile, zlib.error)
 
 
 class WeightsError(ValueError):
@@ -37,7 +52,13 @@ def load_model(
     """
     path = Path(path)
     if path.is_dir():
-        config, state = read_folder(path)
+        config = read_config(path)
+        if config["model_type"] != YuanMengConfig.model_type:
+            raise WeightsError(
+                f"{path} holds a model of type {config['model_type']!r}, not 'yuanmeng'"
+            )
+        state = read_tensors(path, config.pop("quantization_config", None))
+        config = make_config(YuanMengConfig, config, path)
     else:
         state = load_weights(path)
         config = infer_config(state, path)
@@ -45,18 +66,59 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), path.resolve().name.removesuffix(".pth")
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def load_yuanmeng_or_llama(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, str]:
+    """As `load_model`, but a folder may also hold a Llama, which transformers' own class runs.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `load_model`.
+    """
+    path = Path(path)
+    config = read_config(path) if path.is_dir() else {}
+    if config.get("model_type") != LlamaConfig.model_type:
+        return load_model(path, dtype=dtype, device=device)
+    state = read_tensors(path, config.pop("quantization_config", None))
+    config = make_config(LlamaConfig, config, path)
+    try:
+        model, report = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is no Llama that transformers can load: {error}") from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            first = min(report[fault])
+            raise WeightsError(
+                f"{path} is not a whole Llama: {len(report[fault])} {fault.replace('_', ' ')}, "
+                f"first {first if isinstance(first, str) else first[0]}"
+            )
+    return model.to(device).eval(), path.resolve().name
+
+
+def read_checkpoint(path: str | Path, content: BinaryIO | None = None) -> dict:
     """The dictionary in a `.pth` file, on the CPU; weights only, so that no code in it can run.
+
+    Args:
+        content: what is in the file, if it is not at `path` on this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
         WeightsError: the file is truncated, or holds something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = content or path
+        with zipfile.ZipFile(file) as archive:  # torch's format; torch does not read its checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        if content is not None:
+            content.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise WeightsError(
             f"{path} is truncated or not a weights file ({type(error).__name__}); "
             "train again or copy it again"
@@ -82,25 +144,47 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_folder(folder: Path) -> tuple[YuanMengConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of a Hugging Face folder, sharded or not.
+def read_config(folder: Path) -> dict:
+    """The entries of a Hugging Face folder's config.json, `model_type` among them.
 
     Raises:
-        WeightsError: a file is missing or damaged, or the model is of another type.
+        WeightsError: it is missing, damaged, or no model's.
     """
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} is not a model folder: it has no config.json")
     try:
-        settings, _ = YuanMengConfig.get_config_dict(folder)
-        if settings.get("model_type") != YuanMengConfig.model_type:
-            raise WeightsError(
-                f"{folder} holds a model of type {settings.get('model_type')!r}, not 'yuanmeng'"
-            )
-        if "quantization_config" in settings:
-            raise WeightsError(f"{folder} holds a quantized model; LMDeploy runs it, not PyTorch")
-        config = YuanMengConfig.from_dict(settings)
-    except OSError as error:
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+    except (OSError, TypeError) as error:
         raise WeightsError(f"{folder / 'config.json'} is not readable JSON") from error
+    if "model_type" not in config:
+        raise WeightsError(f"{folder / 'config.json'} names no model_type")
+    return config
+
+
+def make_config(
+    config_class: type[PreTrainedConfig], entries: dict, folder: Path
+) -> PreTrainedConfig:
+    """The configuration with these entries of a folder's config.json.
+
+    Raises:
+        WeightsError: their types or sizes cannot be.
+    """
+    try:
+        return config_class.from_dict(entries)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{folder / 'config.json'} describes no model: {reason}") from error
+
+
+def read_tensors(folder: Path, quantization: dict | None) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face folder, sharded or not; quantized ones made ordinary again.
+
+    Args:
+        quantization: `quantization_config` of its config.json.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or quantized in a way unknown here.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder} has a config.json but no .safetensors file")
@@ -110,7 +194,12 @@ def read_folder(folder: Path) -> tuple[YuanMengConfig, dict[str, torch.Tensor]]:
             state.update(load_file(file))
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is truncated or damaged ({error})") from error
-    return config, state
+    if quantization is None:
+        return state
+    try:
+        return dequantize_state(state, quantization)
+    except ValueError as error:
+        raise WeightsError(f"{folder} {error}") from error
 
 
 def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
@@ -149,7 +238,8 @@ def infer_config(state: dict[str, torch.Tensor], path: Path) -> YuanMengConfig:
             num_key_value_heads=state[f"{first}attention.wk.weight"].shape[0] // config.head_dim,
             head_dim=config.head_dim,
         )
-    except ValueError as error:
+    except (StrictDataclassError, ValueError, ZeroDivisionError) as error:
+        # Zero: a matrix narrower than one head.
         raise WeightsError(f"{path}: the shapes are not those of a YuanMeng model") from error
 
 

@@ -1,6 +1,11 @@
 """What all tests share."""
 
+import json
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 
 def pytest_configure(config) -> None:
@@ -9,3 +14,59 @@ def pytest_configure(config) -> None:
     # start would inherit that: programs could then not show how they answer it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """Repeats the question; calls the reply to 没完 cut off; the first request of all fails."""
+
+    def do_GET(self) -> None:
+        self.answer(200, {"object": "list", "data": [
+            {"id": name, "object": "model", "created": 0, "owned_by": "x"}
+            for name in self.server.served
+        ]})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.headers["Authorization"], request))
+        if len(self.server.requests) == 1:
+            self.answer(503, {"error": {"message": "busy"}})
+            return
+        if request["model"] not in self.server.served:
+            self.answer(404, {"error": {"message": "no\nsuch model"}})
+            return
+        if self.server.together is not None:
+            self.server.together.wait()
+        question = request["messages"][-1]["content"]
+        endless = question == "没完"
+        self.answer(200, {
+            "id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
+            "choices": [{
+                "index": 0, "finish_reason": "length" if endless else "stop",
+                "message": {"role": "assistant", "content": f"我是缘梦：{question}"},
+            }],
+        })
+
+    def answer(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint_server():
+    """A stand-in for `lmdeploy serve api_server`, on this machine only: `url`, `served` names,
+    `requests` as they came, and `together`, a barrier that they wait at if there is one."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
+        server.served, server.requests, server.together = ["yuanmeng"], [], None
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

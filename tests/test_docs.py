@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer, HfArgumentParser
 
 from dataset.rows import encode_conversation
@@ -95,10 +96,11 @@ def lmdeploy_fault(arguments: list[str]) -> str | None:
 def fault(words: list[str]) -> str | None:
     """Why a command cannot work, or None."""
     if words[0] == "torchrun":
-        start = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-        if start is None:
-            return "no script"
-        words = ["python", *words[start:]]
+        try:
+            launch = get_args_parser().parse_args(words[1:])
+        except SystemExit:
+            return f"torchrun refuses {' '.join(words[1:])}"
+        words = ["python", launch.training_script, *launch.training_script_args]
     program, words = words[0], words[1:]
     if program == "bash":
         script = ROOT / words[0]
@@ -159,6 +161,8 @@ def test_the_readme_has_the_commands_of_all_its_stages():
     "python model_chat.py --mode 2",
     "python -m benchmarks.tokenizer --no_such_option",
     "torchrun --nproc_per_node 2 train_pretrain.py --no_such_option",
+    "torchrun --no_such_option 2 train_pretrain.py",
+    "torchrun --nproc_per_node 2",
     "echo 你是谁 | python model_chat.py --no_such_option",
     "FAST=1 bash quickstart.sh --no_such_option",
     "bash no_such_script.sh",

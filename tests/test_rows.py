@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -356,12 +357,14 @@ def test_failed_build_leaves_nothing(failure, raised, data, tokenizer_dir, tmp_p
 
 
 def test_what_a_killed_build_left_is_removed(data, tokenizer_dir, tmp_path):
-    cache = tmp_path / "cache"
-    dead, alive = cache / ".building-999999999-x", cache / f".building-{os.getppid()}-x"
-    for folder in (dead, alive):
+    """Of this machine: whether another one, with the same disk, still builds cannot be seen."""
+    host = socket.gethostname()
+    dead, alive, elsewhere = (tmp_path / "cache" / f".building-{name}@x" for name in (
+        f"999999999@{host}", f"{os.getppid()}@{host}", "999999999@elsewhere"))
+    for folder in (dead, alive, elsewhere):
         folder.mkdir(parents=True)
     open_or_build(data, tokenizer_dir, tmp_path)
-    assert not dead.exists() and alive.exists()
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
 
 
 def test_two_builders_of_the_same_rows_agree(data, tokenizer_dir, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate import Settings, greedy_replies, loops
+from dataset.tasks import loops
 from model import MINI_DIR, TOKENIZER_DIR, YuanMengModel, preset_config
+from model.scoring import greedy_replies
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ def ask(shipped, *turns: str) -> str:
     """The greedy reply to the last of `turns` (user, assistant, user, …)."""
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
-    ((reply, ended),) = greedy_replies(*shipped, [{"conversations": messages}], Settings())
+    ((reply, ended),) = greedy_replies(*shipped, [messages], max_new_tokens=96, batch_size=1)
     assert not loops(reply, ended), reply
     return reply
 

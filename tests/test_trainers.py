@@ -1,20 +1,18 @@
 """train_pretrain.py and train_sft.py as their users run them, on a few hundred short records.
 
-Runs whose process matters (signals, kills, torchrun, exit status) are processes of their own; the
+Runs whose process matters (signals, torchrun, exit status) are processes of their own; the
 others run the script inside this one, which saves its imports. All work in a temporary folder.
 """
 
 import json
 import math
 import os
-import random
 import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -283,35 +281,13 @@ def test_a_power_cut_between_two_log_lines_leaves_no_gap(
     assert losses(tmp_path) == losses(whole_run[0])
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(whole_run, data, tmp_path):
-    """SIGKILL asks nobody: at a random moment, often in the middle of a save."""
-    options = ["--save_every", "2"]
-    moment = random.Random(0)
-    for _ in range(2):
-        process = start(command(data, *options), tmp_path)
-        for line in process.stdout:
-            if LOG_LINE.match(line):
-                time.sleep(moment.uniform(0.1, 1))
-                process.kill()
-        process.wait(LIMIT)
-        assert process.returncode == -signal.SIGKILL
-        for path in tmp_path.glob("out/*256*.pth"):
-            torch.load(path, weights_only=True)  # whatever stands there is whole
-        if (tmp_path / "out/pretrain_256.resume.pth").exists():
-            options = [*options, "--resume"]
-    finish(start(command(data, *options), tmp_path))
-    assert_same_weights(tmp_path / "out/pretrain_256.pth", whole_run[0] / "out/pretrain_256.pth")
-    assert losses(tmp_path) == losses(whole_run[0])
-
-
 def test_resume_refuses_changed_settings(whole_run, data, tmp_path, run_here):
     shutil.copytree(whole_run[0] / "out", tmp_path / "out")
     before = (tmp_path / "out/pretrain_256.pth").read_bytes()
     write_jsonl(tmp_path / "other.jsonl", [{"text": f"另一本书的第{i}页。"} for i in range(300)])
     for change, named in (
         (["--batch_size", "8"], "batch_size was 4 and is 8"),
-        (["--data", "other.jsonl"], "data and tokenizer was .*text.* and is .*other"),
+        (["--data", "other.jsonl"], r"data was \S*text.jsonl and is other.jsonl"),
         (["--recipe", "reference"], "recipe was 'fast' and is 'reference'"),
     ):
         code, output = run_here(command(data, *change, "--resume"))

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from model.model import IGNORED_LABEL
+from training.attention import AttentionKernel
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -19,10 +20,10 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sum_losses(model: torch.nn.Module, x_BT, y_BT, segments_BT, byte_lengths) -> tuple[float, int]:
-    """(nats, bytes) of a batch's targets."""
+def sum_losses(model: torch.nn.Module, x_BT, y_BT, mask, byte_lengths) -> tuple[float, int]:
+    """(nats, bytes) of a batch's targets. `mask` is what the layers' attention reads."""
     positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
-    h_BTD = model.hidden_states(model.tok_embeddings(x_BT), positions, segments_BT)
+    h_BTD = model.hidden_states(model.tok_embeddings(x_BT), positions, mask)
     counted = y_BT != IGNORED_LABEL
     logits = (h_BTD[counted] @ model.tok_embeddings.weight.t()).float()
     targets = y_BT[counted]
@@ -31,21 +32,23 @@ def sum_losses(model: torch.nn.Module, x_BT, y_BT, segments_BT, byte_lengths) ->
 
 
 def bits_per_byte(
-    model, rows, byte_lengths: torch.Tensor, world, max_rows=None, batch_size=8
+    model, rows, kernel: AttentionKernel, byte_lengths, world, max_rows=None, batch_size=8
 ) -> float:
     """Bits the model needs per byte of held-out target text; NaN without held-out rows.
 
     Args:
         rows: a `RowSet`; every process of `world` takes its share.
+        kernel: how the layers attend meanwhile.
         max_rows: only the first so many rows.
     """
     device = next(model.parameters()).device
     total = min(len(rows), max_rows or len(rows))
     nats, num_bytes = 0.0, 0
-    for start in range(world.rank * batch_size, total, world.size * batch_size):
-        batch = rows.batch(range(start, min(start + batch_size, total)))
-        x, y, segments = (tensor.to(device) for tensor in batch)
-        batch_nats, batch_bytes = sum_losses(model, x, y, segments, byte_lengths)
-        nats, num_bytes = nats + batch_nats, num_bytes + batch_bytes
+    with kernel.used_by(model):
+        for start in range(world.rank * batch_size, total, world.size * batch_size):
+            batch = rows.batch(range(start, min(start + batch_size, total)))
+            x, y, segments = (tensor.to(device) for tensor in batch)
+            part = sum_losses(model, x, y, kernel.make_mask(segments), byte_lengths)
+            nats, num_bytes = nats + part[0], num_bytes + part[1]
     nats, num_bytes = world.sum_numbers(nats, num_bytes)
     return nats / math.log(2) / num_bytes if num_bytes else math.nan

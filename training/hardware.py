@@ -73,14 +73,14 @@ def flops_per_token(model: torch.nn.Module, row_length: int) -> float:
 
 
 def compile_layers(model: torch.nn.Module, wanted: bool) -> None:
-    """Compile each decoder layer (or undo it); one compilation serves them all.
+    """Compile each decoder layer and the last norm (or undo it); one compilation serves all layers.
 
     The build is cached in the project, so that the next run starts at once.
     """
     if wanted:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.cwd() / ".compile-cache"))
-    for layer in model.layers:
+    for module in (*model.layers, model.norm):
         if wanted:
-            layer.compile(dynamic=False)
+            module.compile(dynamic=False)
         else:
-            layer._compiled_call_impl = None
+            module._compiled_call_impl = None

@@ -14,10 +14,18 @@ from pathlib import Path
 
 import torch
 
+from dataset.records import shown
 from model import YuanMengModel
 from model.loading import read_checkpoint
-from training.attention import block_causal_attention, packed_sdpa_attention
-from training.checkpoint import Saver, keep_previous, model_weights
+from training.attention import BLOCK_CAUSAL, FLEX, SDPA
+from training.checkpoint import (
+    RESUME_FORMAT,
+    Saver,
+    changes,
+    keep_previous,
+    model_weights,
+    read_resume_state,
+)
 from training.distributed import World
 from training.evaluation import bits_per_byte, token_byte_lengths
 from training.hardware import can_compile, compile_layers, flops_per_token, peak_flops
@@ -85,8 +93,13 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         self.log_every = settings.log_every or (100 if on_gpu else 10)
         self.check_every = self.log_every if on_gpu else 1
-        for layer in model.layers:
-            layer.attention.attend = packed_sdpa_attention if on_gpu else block_causal_attention
+        # On a CPU the activations of a few rows stay in the processor's caches; a GPU wants many.
+        rows_here = self.batch_size // world.size
+        most = min(rows_here, settings.part_rows or (rows_here if on_gpu else 4))
+        self.part_rows = next(n for n in range(most, 0, -1) if rows_here % n == 0)
+        # Few tokens at a time keep a CPU's logits small; a GPU wants few launches.
+        self.loss_chunk = 16384 if on_gpu else 1024
+        self.kernel = self.eager_kernel = SDPA if on_gpu else BLOCK_CAUSAL
         self._epoch, self._order = -1, None
 
     # -- the story -----------------------------------------------------------------------------
@@ -98,18 +111,21 @@ class Trainer:
             NonFiniteLoss, checkpoint.SaveError
         """
         session_start, elapsed_before = time.perf_counter(), self.elapsed
-        self._prepare_speed()
+        random_state = torch.get_rng_state()
+        self.prepare_speed()
+        torch.set_rng_state(random_state)  # measuring the machine drew some numbers
         self.meter = Meter()
-        self.next_eval = self._eval_interval() + (self._eval_position() if self.step else 0)
+        # The same places in a run that was interrupted and in one that was not.
+        interval = self._eval_interval()
+        self.next_eval = interval * (self._eval_position() // interval + 1)
         with stop_requests() as stop:
             while self.step < self.total_steps:
-                batch = self._batch(self.step)
+                batch = self.batch(self.step)
                 elapsed = elapsed_before + time.perf_counter() - session_start
                 targets, tokens = self._agree(batch, elapsed, stop)
                 if self.stopped or self._progress() >= 1:
                     break
-                loss = self._forward_backward(*self._to_device(batch), targets)
-                norm = self._update()
+                loss, norm = self.learn(batch, targets)
                 self.pending.append((self.step, loss, norm))
                 self.meter.tokens += tokens
                 self.step += 1
@@ -138,12 +154,13 @@ class Trainer:
         if (self.step - 1) % self.log_every == 0:
             self._log()
         self.reporter.show_progress(self.step, self._expected_steps())
-        if self.step % self.settings.save_every == 0:
-            self.save(wait=False)
+        self.saver.check()
         if self._eval_is_due():
             with self.meter.pause():
                 self._evaluate(self.settings.eval_rows)
             self.next_eval += self._eval_interval()
+        if self.step % self.settings.save_every == 0:
+            self.save(wait=False)
 
     def _eval_is_due(self) -> bool:
         """Whether it is time for a held-out loss on the way; the one at the end comes anyway.
@@ -168,7 +185,7 @@ class Trainer:
         start = position * self.batch_size
         return self._order[start : start + self.batch_size].tolist()
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This process's share of a step's batch: tokens, targets and segments, each [B, T]."""
         indices = self._indices(step)[self.world.rank :: self.world.size]
         return self.rows.train.batch(indices)
@@ -194,24 +211,38 @@ class Trainer:
         self.stopped = wants_stop > 0
         return targets, tokens
 
+    def learn(self, batch, targets: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step on this process's share of a batch: its gradients, and the update if it is due.
+
+        `targets` is their number in the whole batch. Returns this share's loss, and the gradient's
+        norm if the weights were updated.
+        """
+        return self._forward_backward(*self._to_device(batch), targets), self._update()
+
     def _forward_backward(self, x_BT, y_BT, segments_BT, targets: float) -> torch.Tensor:
-        """Add a batch's gradients; return its loss, this process's share of it."""
+        """Add a batch's gradients, part by part; return its loss, this process's share of it."""
         positions = torch.arange(x_BT.shape[1], device=x_BT.device)[None]
-        h_BTD = self.model.hidden_states(self.model.tok_embeddings(x_BT), positions, segments_BT)
         scale = 1.0 / max(1.0, targets)
-        loss = chunked_cross_entropy(
-            h_BTD.flatten(0, 1),
-            self.model.tok_embeddings.weight,
-            y_BT.flatten(),
-            scale,
-            self.softmax_gradient,
-        )
-        (loss / self.settings.accumulation_steps).backward()
-        return loss.detach()
+        total = torch.zeros((), device=x_BT.device)
+        parts = (tensor.split(self.part_rows) for tensor in (x_BT, y_BT, segments_BT))
+        for x, y, segments in zip(*parts, strict=True):
+            mask = self.kernel.make_mask(segments)
+            h_BTD = self.model.hidden_states(self.model.tok_embeddings(x), positions, mask)
+            loss = chunked_cross_entropy(
+                h_BTD.flatten(0, 1),
+                self.model.tok_embeddings.weight,
+                y.flatten(),
+                scale,
+                self.softmax_gradient,
+                self.loss_chunk,
+            )
+            (loss / self.settings.accumulation_steps).backward()
+            self.optimizer.collect_gradients()
+            total += loss.detach()
+        return total
 
     def _update(self) -> torch.Tensor | None:
         """Update the weights if the accumulation is full; returns the gradient norm then."""
-        self.optimizer.collect_gradients()
         if (self.step + 1) % self.settings.accumulation_steps:
             return None
         self.world.sum_(self.optimizer.gradients_flat)
@@ -241,7 +272,7 @@ class Trainer:
 
     # -- around the steps ----------------------------------------------------------------------
 
-    def _prepare_speed(self) -> None:
+    def prepare_speed(self) -> None:
         """Measure the machine's ceiling; compile if the run is long enough to pay for it."""
         dtype = next(self.model.parameters()).dtype
         peak = peak_flops(self.device, dtype) * self.world.size
@@ -254,16 +285,21 @@ class Trainer:
             wanted = False
         self._use_compiled(wanted)
         if wanted:
+            gradients = self.optimizer.gradients_flat.clone()  # of a resumed accumulation
             try:
-                self._forward_backward(*self._to_device(self._batch(self.step)), targets=1)
+                self._forward_backward(*self._to_device(self.batch(self.step)), targets=1)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.reporter.say(
                     f"torch.compile failed ({type(error).__name__}): training without it."
                 )
                 self._use_compiled(False)
-            self.model.zero_grad(set_to_none=True)  # a rehearsal: nothing is learnt from it
+            self.optimizer.gradients_flat.copy_(gradients)  # a rehearsal: nothing is learnt from it
 
     def _use_compiled(self, wanted: bool) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.kernel = FLEX if wanted and on_gpu else self.eager_kernel
+        for layer in self.model.layers:
+            layer.attention.attend = self.kernel.attend
         compile_layers(self.model, wanted)
         self.softmax_gradient = softmax_gradient
         if wanted:
@@ -335,7 +371,12 @@ class Trainer:
             return
         with torch.compiler.set_stance("force_eager"):  # another shape would compile again
             value = bits_per_byte(
-                self.model, self.rows.heldout, self.byte_lengths, self.world, max_rows
+                self.model,
+                self.rows.heldout,
+                self.eager_kernel,
+                self.byte_lengths,
+                self.world,
+                max_rows,
             )
         if self.world.is_main:
             self.reporter.record("heldout", self.step, value)
@@ -364,7 +405,8 @@ class Trainer:
             **{name: settings[name] for name in names},
             **shape,
             "batch_size": self.batch_size,
-            "data and tokenizer": self.rows.path.name,
+            **self.rows.sources,
+            "data_path": str(shown(Path(self.rows.meta["data_path"]))),  # for the message only
         }
 
     def save(self, wait: bool, finished: bool = False) -> None:
@@ -375,13 +417,13 @@ class Trainer:
             self.world.sum_(self.optimizer.gradients_flat)
             if not self.world.is_main:
                 self.optimizer.gradients_flat.zero_()
-        history = self.reporter.history
-        history = {**history, "loss": history["loss"] + self._pending_losses()}
+        pending = self._pending_losses()
         if self.world.is_main:
             if not self.resumed:
-                keep_previous(self.weights_path)
+                self._keep_earlier_run()
                 self.resumed = True
             state = {
+                "format": RESUME_FORMAT,
                 "stage": self.stage,
                 "fingerprint": self.fingerprint(),
                 "step": self.step,
@@ -389,7 +431,9 @@ class Trainer:
                 "finished": finished,
                 "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
-                "history": history,
+                "history": self.reporter.history_tensors(pending),
+                "processes": self.world.size,
+                "launchers": list(self.world.launchers),
             }
             self.saver.save({self.resume_path: state, self.weights_path: model_weights(self.model)})
             if wait:
@@ -397,37 +441,95 @@ class Trainer:
         if wait:
             self.world.barrier()
 
+    def _keep_earlier_run(self) -> None:
+        """A new run writes over an earlier one's files; who forgot --resume can have them back."""
+        kept = [keep_previous(path) for path in (self.resume_path, self.weights_path)]
+        if any(kept):
+            names = ", ".join(str(path) for path in kept if path)
+            self.reporter.say(f"An earlier run's files are kept as {names}.")
+
+    def _saved_at(self) -> float:
+        """When the state on this node's disk was written, if this run is to go on from it; else 0.
+
+        That is so with --resume, and if this very `torchrun` wrote it: then it has started the
+        processes anew because one died, or a node came or went.
+        """
+        launcher = self.world.launcher
+        if not self.world.is_first_on_node or not (self.settings.resume or launcher):
+            return 0.0
+        try:
+            saved_at = self.resume_path.stat().st_mtime
+            if self.settings.resume or launcher in read_checkpoint(self.resume_path)["launchers"]:
+                return saved_at
+        except (OSError, ValueError, KeyError):  # none, or an earlier run's
+            pass
+        return 0.0
+
+    def _state_to_resume(self) -> dict | None:
+        """The newest state, wherever it lies: which node is the first one, `torchrun` decides.
+
+        Only one disk has to hold it; all processes get the same. None: begin at the beginning.
+
+        Raises:
+            ValueError: --resume, and there is no readable state.
+        """
+        world, path = self.world, self.resume_path
+        times = world.gather(self._saved_at())
+        source = times.index(max(times))
+        if not times[source] and not self.settings.resume:
+            return None
+        state = None
+        with world.together():
+            if world.rank == source:
+                state = read_resume_state(path, self.stage)
+        content = world.file_of(source, path)
+        return state or read_resume_state(path, self.stage, content)
+
     def resume(self) -> bool:
-        """Continue from the resume state; false if that run had already ended.
+        """Go on from a resume state where there is one to go on from; false if that run had ended.
 
         Raises:
             ValueError: there is no readable state, or a setting that matters changed.
         """
-        if not self.resume_path.exists():
-            raise ValueError(f"{self.resume_path} does not exist: start the run without --resume")
-        state = read_checkpoint(self.resume_path)
-        if state.get("stage") != self.stage or "optimizer" not in state:
-            raise ValueError(f"{self.resume_path}: is no resume state of the {self.stage} stage")
-        ours, saved = self.fingerprint(), state["fingerprint"]
-        changed = [
-            f"{key} was {saved.get(key)!r} and is {ours[key]!r}"
-            for key in ours
-            if ours[key] != saved.get(key)
-        ]
+        state = self._state_to_resume()
+        if state is None:
+            return True
+        changed = changes(state["fingerprint"], self.fingerprint())
         if changed:
             raise ValueError(
                 f"{self.resume_path}: cannot continue, because {'; '.join(changed)}. "
                 "Set it back, or start anew without --resume."
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{self.resume_path}: {error}") from error
         if not self.world.is_main:
             self.optimizer.gradients_flat.zero_()
         torch.set_rng_state(state["random"])
         self.step, self.elapsed = state["step"], state["elapsed"]
-        self.reporter.history = state["history"]
+        self.reporter.load_history(state["history"])
         self.resumed = True
-        self.reporter.say(f"Resuming {self.resume_path} at step {self.step}.")
+        size, saved_by = self.world.size, state.get("processes", self.world.size)
+        again = self.world.launcher and self.world.launcher in state.get("launchers", ())
+        self.reporter.say(
+            f"Resuming {self.resume_path} at step {self.step}"
+            + (f", with {size} processes instead of {saved_by}" if size != saved_by else "")
+            + (": torchrun has started the processes again." if again else ".")
+        )
         return not (state["finished"] and self._progress() >= 1)
+
+    def write_results(self) -> None:
+        """Write the weights and the curve of the run resumed.
+
+        A kill between the last save's two files leaves a finished state beside older weights, and
+        one right after it leaves no curve.
+        """
+        if self.world.is_main:
+            self.saver.save({self.weights_path: model_weights(self.model)})
+            self.saver.wait()
+        self.reporter.draw()
+        self.reporter.close()
 
 
 class Meter:

@@ -38,7 +38,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND)
         grad_head = torch.zeros_like(head_VD, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        scale = torch.tensor(scale, device=h_ND.device)
+        scale = torch.full((), scale, device=h_ND.device)  # no copy that a GPU would wait for
         for start in range(0, h_ND.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             loss, gradient = gradient_function(h_ND[part] @ head_VD.t(), targets_N[part], scale)

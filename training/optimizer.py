@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from training.checkpoint import difference
+
 
 @dataclass
 class Recipe:
@@ -52,11 +54,12 @@ def newton_schulz(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     X = G.bfloat16()
     tall = X.shape[-2] > X.shape[-1]
     if tall:
-        X = X.mT
+        X = X.mT.contiguous()  # a transposed view would make every product a fifth slower
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
+        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A²
+        X = torch.baddbmm(X, polynomial, X, beta=a)
     return X.mT if tall else X
 
 
@@ -124,7 +127,7 @@ class MasterOptimizer:
             for g, p in zip(self.gradients, self.parameters, strict=True)
             if p.grad is not None
         ]
-        torch._foreach_add_([g for g, _ in used], [p.grad.float() for _, p in used])
+        torch._foreach_add_([g for g, _ in used], [p.grad for _, p in used])
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -164,15 +167,31 @@ class MasterOptimizer:
             "adam": self.adam.state_dict(),
         }
 
+    def _adam_state(self, saved: dict) -> dict:
+        """AdamW's state dict as it has to be; torch keeps nothing before the first update."""
+        state = self.adam.state_dict()
+        parameters = [p for group in self.adam.param_groups for p in group["params"]]
+        was_updated = not isinstance(saved.get("adam"), dict) or bool(saved["adam"].get("state"))
+        moments = {
+            i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+            for i, p in enumerate(parameters)
+        }
+        return {**state, "state": moments if was_updated else {}}
+
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`; the network's weights are set as well.
 
         Raises:
             ValueError: the state belongs to another network or recipe.
         """
-        shapes = [m.shape for m in state["momenta"]]
-        if state["names"] != self.names or shapes != [m.shape for m in self.momenta]:
-            raise ValueError("the saved optimizer state belongs to another network or recipe")
+        # Everything is checked before the first tensor is copied: never half a state.
+        expected = {**self.state_dict(), "adam": self._adam_state(state)}
+        fault = difference(state, expected)
+        if fault or state["names"] != self.names:
+            raise ValueError(
+                "the saved optimizer state belongs to another network or recipe, or is damaged: "
+                f"{fault or 'other names'}"
+            )
         self.masters_flat.copy_(state["masters"])
         self.gradients_flat.copy_(state["gradients"])
         for momentum, saved in zip(self.momenta, state["momenta"], strict=True):

@@ -44,6 +44,9 @@ class TrainSettings:
     batch_size: int | None = option(
         None, "rows of 512 tokens per step over all processes; default: 16 (mini), 32"
     )
+    part_rows: int | None = option(
+        None, "rows that pass through the network at once; default: 4 on a CPU, all on a GPU"
+    )
     accumulation_steps: int | None = option(None, "steps per update; default: 1, reference 8")
     row_length: int = option(512, "tokens in a row")
     warmup_steps: int = option(20, "steps over which the learning rate rises")

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from dataset.rows import prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
 from model.loading import load_model
 from training.checkpoint import SaveError
-from training.distributed import World, join_world
+from training.distributed import FailedElsewhere, LostContact, World
 from training.hardware import choose_device, set_threads
 from training.loop import NonFiniteLoss, Trainer
 from training.optimizer import Recipe
@@ -21,7 +22,18 @@ from training.settings import TrainSettings, parse_settings
 
 STOPPED = 130  # exit status of a run that was asked to stop, as a shell has it after Ctrl-C
 # What the user can mend; each message says how. Anything else is our fault and shows its trace.
-USER_ERRORS = (BrokenData, FileNotFoundError, NonFiniteLoss, OSError, SaveError, ValueError)
+USER_ERRORS = (
+    BrokenData,
+    FailedElsewhere,
+    FileNotFoundError,
+    LostContact,
+    NonFiniteLoss,
+    OSError,
+    SaveError,
+    ValueError,
+)
+# What each node may set as it likes; everything else has to be the same on all.
+OWN_SETTINGS = ("data", "strict", "out_dir", "init", "compile", "threads", "tensorboard", "swanlab")
 
 
 def run_stage(
@@ -38,16 +50,31 @@ def run_stage(
         recipes: by the names that `--recipe` takes.
         load_weights: gives the fresh network the weights it starts from.
     """
-    settings = parse_settings(settings_class)
-    world = join_world()
+    world = World.from_environment()
+    failed = True
     try:
-        train_stage(stage, settings, recipes, load_weights, world)
+        world.join()
+        with world.together():
+            settings = parse_settings(settings_class)
+        stopped = train_stage(stage, settings, recipes, load_weights, world)
+        failed = False
     except USER_ERRORS as error:
-        sys.exit(f"train_{stage}.py: {error}" if world.is_main else 1)
+        end_with(f"train_{stage}.py: {error}", world)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            end_with(end.code, world)
+        raise
     except KeyboardInterrupt:
-        sys.exit("Interrupted; continue from the last save with --resume.")
+        end_with("Interrupted; continue from the last save with --resume.", world)
     finally:
-        world.close()
+        world.close(failed)
+    if stopped:
+        sys.exit(STOPPED)
+
+
+def end_with(line: str, world: World) -> None:
+    """End this process as failed; the first one on each node says why."""
+    sys.exit(line if world.is_first_on_node else 1)
 
 
 def train_stage(
@@ -56,26 +83,34 @@ def train_stage(
     recipes: dict[str, Recipe],
     load_weights: Callable[[YuanMengModel, TrainSettings], None] | None,
     world: World,
-) -> None:
-    """The stage itself, in order; see `run_stage`."""
-    fill_in_defaults(settings, recipes)
+) -> bool:
+    """The stage itself, in order; see `run_stage`. Returns whether it was asked to stop."""
+    with world.together():
+        fill_in_defaults(settings, recipes)
+        data = pick_data(stage, settings.data, quiet=not world.is_main)
+        arguments = (data, stage, TOKENIZER_DIR, settings.row_length)
+        if world.is_first_on_node:  # it builds the rows, the node's others open them
+            rows = prepare_rows(*arguments, strict=settings.strict)
+    with world.together():
+        if not world.is_first_on_node:
+            rows = prepare_rows(*arguments, build=False)
+        if not len(rows.train):
+            length = settings.row_length
+            raise ValueError(f"{data}: is too small to fill one row of {length} tokens")
     set_threads(settings.threads, world.local_size)
     device = choose_device(world.local_rank)
-
-    data = pick_data(stage, settings.data, quiet=not world.is_main)
-    rows = None
-    if world.is_main:
-        rows = prepare_rows(data, stage, TOKENIZER_DIR, settings.row_length, strict=settings.strict)
-    world.barrier()  # one process builds the rows, the others open them
-    if rows is None:
-        rows = prepare_rows(data, stage, TOKENIZER_DIR, settings.row_length, build=False)
-    if not len(rows.train):
-        raise ValueError(f"{data}: is too small to fill one row of {settings.row_length} tokens")
+    world.must_agree(
+        {name: x for name, x in asdict(settings).items() if name not in OWN_SETTINGS}
+        | {"data and tokenizer": rows.path.name, "device": device.type, "torch": torch.__version__}
+    )
 
     torch.manual_seed(settings.seed)
     model = YuanMengModel(preset_config(settings.preset))
-    if load_weights is not None:
-        load_weights(model, settings)
+    with world.together():
+        if load_weights is not None and world.is_main and not settings.resume:
+            load_weights(model, settings)  # a resume state has its own
+    for parameter in model.parameters():  # no other disk has to hold the weights
+        world.broadcast_(parameter.data)
     model.to(device, getattr(torch, settings.dtype))
 
     recipe = recipes[settings.recipe].with_learning_rate(settings.learning_rate)
@@ -88,12 +123,12 @@ def train_stage(
         f"Training on {shown(data)}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
-    if settings.resume and not trainer.resume():
+    if not trainer.resume():
+        trainer.write_results()
         say(f"This run is complete; its weights are in {trainer.weights_path}.")
-        return
+        return False
     trainer.run()
-    if trainer.stopped:
-        sys.exit(STOPPED)
+    return trainer.stopped
 
 
 def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> None:
@@ -120,6 +155,7 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
         settings.accumulation_steps = 8 if reference else 1
     for name in (
         "batch_size",
+        "part_rows",
         "accumulation_steps",
         "epochs",
         "row_length",
