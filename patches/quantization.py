@@ -45,7 +45,7 @@ def patches() -> list[Patch]:
     with quiet_transformers():
         find("lmdeploy.lite.apis.calibrate.calibrate")
     calibrate, awq = "lmdeploy.lite.apis.calibrate", "lmdeploy.lite.quantization.awq"
-    return [
+    found = [
         entry(f"{calibrate}.LAYER_TYPE_MAP", ARCHITECTURE, LAYER),
         entry(f"{calibrate}.NORM_TYPE_MAP", ARCHITECTURE, "RMSNorm"),
         entry(f"{calibrate}.HEAD_NAME_MAP", ARCHITECTURE, "output"),
@@ -54,9 +54,9 @@ def patches() -> list[Patch]:
         forward(),
         data(),
         data_names(),
-        bfloat16_weights(),
         auto_awq(),
     ]
+    return found if torch.cuda.is_available() else [*found, bfloat16_weights()]
 
 
 @contextmanager
@@ -128,12 +128,11 @@ def data_names() -> Patch:
 
 
 def bfloat16_weights() -> Patch:
-    """`lite.utils.load` asks `torch.cuda` whether bfloat16 can be computed."""
+    """`lite.utils.load` asks `torch.cuda` whether bfloat16 can be computed; for a CPU only."""
     symbol = "lmdeploy.lite.utils.load.torch"
     if look_at(symbol) is not torch:
         raise refuse(symbol, "is not torch")
-    new = torch if torch.cuda.is_available() else Torch()
-    return exchange(symbol, "refuses bfloat16 weights without a GPU", new)
+    return exchange(symbol, "refuses bfloat16 weights without a GPU", Torch())
 
 
 def auto_awq() -> Patch:

@@ -416,8 +416,16 @@ def test_auto_awq_writes_a_smaller_folder_that_is_whole(quantized):
     # a little for scales, in place of float32's 32.
     full = (quantized.parent / "model/model.safetensors").stat().st_size
     assert size < 0.46 * full
-    with pytest.raises(ValueError, match="quantized model; LMDeploy runs it"):
-        load_model(quantized)
+
+
+def test_model_awq_reads_what_lmdeploy_wrote(quantized, quantized_judge):
+    """Two readers of the same 4 bits: this repository's and LMDeploy's."""
+    model, _ = load_model(quantized)
+    for ours, theirs in zip(model.layers, quantized_judge.model.model.layers, strict=True):
+        for one, other in ((ours.attention.wk, theirs.self_attn.k_proj),
+                           (ours.feed_forward.w2, theirs.mlp.down_proj)):
+            # Scales are rounded to float16 on the one side only.
+            torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-6)
 
 
 def linears(pipe) -> list:
