@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
@@ -117,6 +118,22 @@ def test_flex_attention_equals_sdpa():
     expected = SDPA.attend(q, k, v, SDPA.make_mask(segments))
     ours = FLEX.attend(q, k, v, FLEX.make_mask(segments))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_compiles_once_for_all_masks():
+    builds = CompileCounterWithBackend("inductor")
+    attend = torch.compile(FLEX.attend, dynamic=False, backend=builds)
+    q, k, v = (torch.randn(3, 256, n, 16) for n in (4, 2, 2))
+    for border in (40, 128, 250):
+        segments = segments_with_padding(256)
+        segments[:, border:] = 9
+        expected = SDPA.attend(q, k, v, SDPA.make_mask(segments))
+        torch.testing.assert_close(
+            attend(q, k, v, FLEX.make_mask(segments)), expected, atol=1e-5, rtol=1e-5
+        )
+    assert builds.frame_count == 1
 
 
 def test_a_kernel_is_used_only_as_long_as_asked_for(full_model):
