@@ -99,7 +99,7 @@ def test_another_folder_loads_it_with_the_code_that_it_carries(exported, origina
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         "assert model.__module__ == type(model).__module__ != 'model.model'\n"
-        "ids = torch.load('ids.pt')\n"
+        "ids = torch.load('ids.pt', weights_only=True)\n"
         "with torch.inference_mode():\n"
         "    logits = model(ids).logits\n"
         f"text = tokenizer.apply_chat_template({CHAT!r}, add_generation_prompt=True)\n"
