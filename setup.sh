@@ -12,6 +12,7 @@ set -euo pipefail
 
 LMDEPLOY="lmdeploy==0.18.0"
 XGRAMMAR="xgrammar==0.2.8" # asks for triton, which only a GPU can use
+SANDBOX="langchain-sandbox==0.0.6" # asks for an older langchain-core than langgraph does
 
 cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 venv=.venv
@@ -188,6 +189,7 @@ else
         say "  LMDeploy has no package for $(uname -sm): stages VII to IX need Linux on x86-64."
     fi
 fi
+step "langchain-sandbox" pip install --no-deps "$SANDBOX"
 
 modules="torch, transformers, datasets, tokenizers, safetensors, tensorboard, matplotlib"
 if can_run "$python" 'import importlib.util as u, sys; sys.exit(not u.find_spec("lmdeploy"))'; then
