@@ -24,6 +24,7 @@ from model import MINI_DIR, TOKENIZER_DIR, YuanMengModel
 from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
 from model.loading import choose_dtype, find_weights, load_model, load_tokenizer
+from model.step import OneSequence
 from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
 
@@ -45,6 +46,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
         default="auto", help="auto: bfloat16 where the processor computes in it, else float32"
     )
+    eager: bool = HfArg(default=False, help="do not compile the step that writes a token")
     stats: bool = HfArg(default=False, help="print the speed after each answer")
 
 
@@ -52,12 +54,13 @@ class Chat:
     """A model, its tokenizer, and the conversation so far."""
 
     def __init__(
-        self, model: YuanMengModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, model: YuanMengModel, tokenizer: PreTrainedTokenizerBase, settings: Settings,
+        step: OneSequence | None = None,
     ):
         """Raises ValueError if the settings do not go together or do not fit the model."""
         check_sampling(settings.max_new_tokens, settings.temperature, settings.top_p,
                        settings.repetition_penalty)
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.model, self.tokenizer, self.settings, self.step = model, tokenizer, settings, step
         positions = model.config.max_position_embeddings
         self.max_prompt = min(settings.max_seq_len, positions - settings.max_new_tokens)
         if self.max_prompt < 2:
@@ -118,6 +121,7 @@ class Chat:
                 repetition_penalty=settings.repetition_penalty,
                 eos_token_id=self.tokenizer.eos_token_id,
                 generator=self.generator,
+                step=self.step,
             ):
                 times.append(time.perf_counter())
                 piece = stream.push(token_id)
@@ -148,7 +152,8 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = choose_dtype(settings.dtype, device)
         model, name = load_model(path, dtype=dtype, device=device)
-        chat = Chat(model, load_tokenizer(path, TOKENIZER_DIR), settings)
+        step = None if settings.eager else OneSequence.build(model, say=note)
+        chat = Chat(model, load_tokenizer(path, TOKENIZER_DIR), settings, step)
         note(f"{name}: {model.num_unique_parameters() / 1e6:.3f} million parameters, "
              f"{str(dtype).removeprefix('torch.')} on {device}; /help lists the commands")
         talk(chat)

@@ -12,10 +12,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .cache import KVCache
 from .model import YuanMengModel
+from .step import OneSequence
 
 BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 # Dividing by less than this would overflow; the result is the most likely token anyway.
 GREEDY_BELOW = 1e-5
+# So many tokens nearly always hold the nucleus; sorting the whole vocabulary takes 20 times as long.
+LIKELY = 256
 
 
 def generate_tokens(
@@ -28,6 +31,7 @@ def generate_tokens(
     repetition_penalty: float = 1.0,
     eos_token_id: int | None = 2,
     generator: torch.Generator | None = None,
+    step: OneSequence | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that continue `prompt_ids`, one by one, each as soon as it is known.
 
@@ -41,6 +45,8 @@ def generate_tokens(
             Tokens of the prompt are not penalized: an answer must be free to take up the
             question's words, and `</s>` in earlier turns must not make it harder to stop.
         generator: the source of randomness, on the model's device.
+        step: the model's own compiled step, which writes several times as fast; without it the
+            network is called for each token.
 
     Raises:
         ValueError: a setting is out of range, or the prompt is empty or too long for the model.
@@ -57,7 +63,7 @@ def generate_tokens(
     cache = KVCache(model.config.num_hidden_layers, capacity)
     return decode_steps(
         model, cache, prompt_ids, max_new_tokens, temperature, top_p, repetition_penalty,
-        eos_token_id, generator,
+        eos_token_id, generator, step,
     )
 
 
@@ -86,13 +92,15 @@ def decode_steps(
     repetition_penalty: float,
     eos_token_id: int | None,
     generator: torch.Generator | None,
+    step: OneSequence | None,
 ) -> Iterator[int]:
     """The loop itself: the whole prompt in the first step, then one token a step."""
     input_BT = torch.tensor([list(prompt_ids)], device=model.device)
-    generated_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
-    for _ in range(max_new_tokens):
-        output = model(input_BT, past_key_values=cache, logits_to_keep=1)
-        logits_V = output.logits[0, -1].float()
+    logits_V = model(input_BT, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+    if step is not None:
+        step.take_over(cache)
+    generated_V = torch.zeros_like(logits_V, dtype=torch.bool)
+    for written in range(1, max_new_tokens + 1):
         if repetition_penalty != 1:
             logits_V = penalize_repetition(logits_V, generated_V, repetition_penalty)
         token = sample(logits_V, temperature, top_p, generator)
@@ -100,8 +108,14 @@ def decode_steps(
         if token_id == eos_token_id:
             return
         yield token_id
+        if written == max_new_tokens:
+            return
         generated_V[token_id] = True
-        input_BT = token.view(1, 1)
+        if step is not None:
+            logits_V = step.logits(token)
+        else:
+            output = model(token.view(1, 1), past_key_values=cache, logits_to_keep=1)
+            logits_V = output.logits[0, -1].float()
 
 
 def penalize_repetition(
@@ -125,11 +139,13 @@ def sample(
     probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
     if top_p == 1:
         return torch.multinomial(probabilities_V, 1, generator=generator)
-    sorted_V, token_ids_V = probabilities_V.sort(descending=True)
+    likely, token_ids = probabilities_V.topk(min(LIKELY, len(probabilities_V)))
+    if likely.sum() < top_p:  # rare: the model has no idea
+        likely, token_ids = probabilities_V.sort(descending=True)
     # A token stays if those before it have not reached top_p yet; so the first one always stays.
-    outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p
-    drawn = torch.multinomial(sorted_V.masked_fill(outside_V, 0), 1, generator=generator)
-    return token_ids_V[drawn]
+    outside = likely.cumsum(-1) - likely >= top_p
+    drawn = torch.multinomial(likely.masked_fill(outside, 0), 1, generator=generator)
+    return token_ids[drawn]
 
 
 class TextStream:

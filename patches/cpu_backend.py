@@ -25,7 +25,6 @@ from lmdeploy.pytorch.backends.attention import (
 from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.default.cache import DefaultCacheBackend
-from lmdeploy.pytorch.backends.graph_runner import GraphRunner
 from lmdeploy.pytorch.backends.norm import RMSNormBuildSpec, RMSNormImpl
 from lmdeploy.pytorch.backends.rotary_embedding import (
     RopeType,
@@ -34,6 +33,8 @@ from lmdeploy.pytorch.backends.rotary_embedding import (
 )
 from lmdeploy.pytorch.engine.cache_engine.layout import ContiguousBlockCacheLayout
 from lmdeploy.pytorch.model_inputs import StepContext
+
+from model.step import Slots, open_slots
 
 from .cpu_linear import CpuLinearW4A16
 
@@ -78,6 +79,8 @@ class CpuBackend(DefaultOpsBackend):
 
     @staticmethod
     def build_graph_runner(model, model_config, cache_config, backend_config, device):
+        from .cpu_step import CpuRunner  # which needs this file
+
         return CpuRunner(model, model_config, cache_config, backend_config, device)
 
     @staticmethod
@@ -87,13 +90,6 @@ class CpuBackend(DefaultOpsBackend):
     @staticmethod
     def device_count() -> int:
         return 1
-
-
-class CpuRunner(GraphRunner):
-    """Runs the network as it is; with no CUDA graphs to capture, one trial step is enough."""
-
-    def get_capture_batch_sizes(self) -> list[int]:
-        return [1]
 
 
 class CpuCache(DefaultCacheBackend):
@@ -158,12 +154,14 @@ def step_metadata(step: StepContext) -> CpuAttentionMetadata:
     else:
         lengths_B1 = step.kv_seqlens.long()[:, None]
         metadata.write_slots = slots_BL.gather(1, lengths_B1 - 1).flatten()
-        counts_BL = positions < lengths_B1
-        # Behind its end a sequence's block list may name anything, also blocks of other sequences:
-        # what is read there is masked, but it must be finite, and its own first slot is.
-        metadata.read_slots = torch.where(counts_BL, slots_BL, slots_BL[:, :1]).flatten()
         if min(metadata.lengths) < max(metadata.lengths):
+            counts_BL = positions < lengths_B1
             metadata.mask = counts_BL[:, None, None, :]
+            # Behind its end a sequence's block list may name anything, also blocks of other
+            # sequences: what is read there is masked, but it must be finite, and its own first
+            # slot is.
+            slots_BL = torch.where(counts_BL, slots_BL, slots_BL[:, :1])
+        metadata.read_slots = slots_BL.flatten()
     return metadata
 
 
@@ -206,9 +204,9 @@ class CpuAttention(AttentionImpl):
         inplace: bool = False,
     ) -> torch.Tensor:
         """[N, H, E] of the new tokens; query is [N, H, E], key and value are [N, K, E]."""
-        bits = QUANTIZED_BITS.get(attn_metadata.quant_policy)
-        keys = Slots(k_cache, k_scales_zeros, bits)
-        values = Slots(v_cache, v_scales_zeros, bits)
+        tensors = (k_cache, v_cache, k_scales_zeros, v_scales_zeros)
+        open_cache = CACHES[QUANTIZED_BITS.get(attn_metadata.quant_policy)]
+        keys, values = open_cache([x.flatten(0, 1) for x in tensors if x is not None])
         keys.write(attn_metadata.write_slots, key)
         values.write(attn_metadata.write_slots, value)
         if attn_metadata.reads_prompts:
@@ -257,30 +255,38 @@ class CpuAttention(AttentionImpl):
         return torch.cat(outputs)
 
 
-class Slots:
-    """A layer's keys, or values, as a row of slots [S, K, E]; int8 or int4 inside if `bits`.
+class QuantizedSlots(Slots):
+    """A layer's keys, or values, as integers of 8 or 4 bits.
 
-    A quantized slot holds each head's vector as unsigned integers q, with its own scale and zero
-    point: x ≈ (q - zero) · scale. Two int4 share a byte: the first half of the vector the low bits.
+    A slot holds each head's vector as unsigned integers q, with its own scale and zero point:
+    x ≈ (q - zero) · scale. Two int4 share a byte: the first half of the vector the low bits.
     """
 
-    def __init__(self, cache: torch.Tensor, scales_zeros: torch.Tensor | None, bits: int | None):
-        self.cache_SKE, self.bits = cache.flatten(0, 1), bits
-        if bits:
-            self.scales_zeros_SK2 = scales_zeros.flatten(0, 1)
+    def __init__(self, rows_SKE: torch.Tensor, scales_zeros_SK2: torch.Tensor, bits: int):
+        super().__init__(rows_SKE)
+        self.scales_zeros_SK2, self.bits = scales_zeros_SK2, bits
 
     def write(self, slots_N: torch.Tensor, x_NKE: torch.Tensor) -> None:
-        if self.bits:
-            x_NKE, scales_zeros = quantize(x_NKE, self.bits)
-            self.scales_zeros_SK2.index_copy_(0, slots_N, scales_zeros)
-        self.cache_SKE.index_copy_(0, slots_N, x_NKE)
+        q_NKE, scales_zeros = quantize(x_NKE, self.bits)
+        super().write(slots_N, q_NKE)
+        self.scales_zeros_SK2.index_copy_(0, slots_N, scales_zeros)
 
     def read(self, slots_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        x_NKE = self.cache_SKE.index_select(0, slots_N)
-        if self.bits:
-            scales_zeros = self.scales_zeros_SK2.index_select(0, slots_N)
-            return dequantize(x_NKE, scales_zeros, self.bits, dtype)
-        return x_NKE
+        scales_zeros = self.scales_zeros_SK2.index_select(0, slots_N)
+        return dequantize(super().read(slots_N, dtype), scales_zeros, self.bits, dtype)
+
+
+def open_int8(cache) -> tuple[QuantizedSlots, QuantizedSlots]:
+    keys, values, key_scales, value_scales = cache
+    return QuantizedSlots(keys, key_scales, 8), QuantizedSlots(values, value_scales, 8)
+
+
+def open_int4(cache) -> tuple[QuantizedSlots, QuantizedSlots]:
+    keys, values, key_scales, value_scales = cache
+    return QuantizedSlots(keys, key_scales, 4), QuantizedSlots(values, value_scales, 4)
+
+
+CACHES = {None: open_slots, 8: open_int8, 4: open_int4}
 
 
 def quantize(x_NKE: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

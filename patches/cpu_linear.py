@@ -20,6 +20,15 @@ MOST_ROWS = 64
 KERNEL_GROUPS = (32, 64, 128, 256)
 
 
+def multiply_4_bits(
+    x_MI: torch.Tensor, kernel_weight: torch.Tensor, scales_offsets_GO2: torch.Tensor
+) -> torch.Tensor:
+    """x Wᵀ, [M, O], by torch's kernel."""
+    group = x_MI.shape[1] // scales_offsets_GO2.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x_MI, kernel_weight, group, scales_offsets_GO2)
+
+
 class CpuLinearW4A16(LinearW4A16Impl):
     """y = x Wᵀ (+ bias) with 4-bit W, kept in 1 byte a weight: once for each way of computing."""
 
@@ -55,9 +64,7 @@ class CpuLinearW4A16(LinearW4A16Impl):
     def forward(self, x, qweight, scales, qzeros, bias=None, all_reduce=False, group=None):
         x_MI = x.flatten(0, -2)
         if self.has_kernel and x.dtype is torch.bfloat16 and len(x_MI) <= MOST_ROWS:
-            y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x_MI, self.kernel_weight, self.group, self.scales_offsets_GO2
-            )
+            y_MO = multiply_4_bits(x_MI, self.kernel_weight, self.scales_offsets_GO2)
         else:
             y_MO = F.linear(x_MI, self.numbers(x.dtype))
         if bias is not None:

@@ -30,6 +30,8 @@ def patches() -> list[Patch]:
         key_value_cache(),
         state_cache(),
         transfer(),
+        stream_of_inputs(),
+        *(profiler_mark(symbol) for symbol in MARKED),
         free_memory(),
         agent(),
         warm_up_inputs(),
@@ -67,7 +69,6 @@ def engine_settings() -> Patch:
             raise ValueError(
                 f"quant_policy must be 0, 8 or 4 on the cpu device, not {int(self.quant_policy)}"
             )
-        self.eager_mode = True  # there are no CUDA graphs
 
     return exchange(symbol, "refuses the device cpu and the dtype float32", post_init)
 
@@ -202,6 +203,39 @@ def transfer() -> Patch:
         return val if val is None or isinstance(val, torch.Tensor) else val.to_device("cpu")
 
     return exchange(symbol, "copies inputs to a GPU", try_to_cpu)
+
+
+def stream_of_inputs() -> Patch:
+    """`_record_forward_input_stream` tells each tensor of a step which CUDA stream uses it."""
+    symbol = f"{ENGINE}.model_agent.agent._record_forward_input_stream"
+    look_at(symbol, parameters=["forward_inputs", "stream"], contains=["record_stream(stream)"])
+    return exchange(symbol, "looks through all inputs of each step", lambda *inputs: None)
+
+
+# What each step calls. A mark takes as long as the call of a small operator.
+MARKED = (
+    "lmdeploy.pytorch.paging.scheduler.Scheduler.schedule_running",
+    f"{ENGINE}.inputs_maker.InputsMakerAsync.create_model_inputs_delta",
+    f"{ENGINE}.inputs_maker.InputsMakerAsync._make_forward_inputs",
+    f"{ENGINE}.engine_loop.EngineLoop._make_infer_outputs",
+    f"{ENGINE}.model_agent.agent.BaseModelAgent.get_logits",
+    "lmdeploy.pytorch.strategies.ar.sampling.ARSamplingStrategy.make_sampling_inputs",
+    "lmdeploy.pytorch.strategies.ar.step_inputs.ARStepInputs.step_decode",
+    "lmdeploy.pytorch.strategies.ar.model_agent.ARStoppingCriteria.step",
+    "lmdeploy.pytorch.strategies.ar.model_agent.ARModelAgentStrategy.step_sampling_inputs",
+    "lmdeploy.pytorch.model_inputs.StepContextManager.build_context",
+)
+
+
+def profiler_mark(symbol: str) -> Patch:
+    """`@record_function` shows a function in a profile of the GPU's work."""
+    held = look_at(symbol)
+    marked = held.__func__ if isinstance(held, staticmethod) else held
+    plain = getattr(marked, "__wrapped__", None)
+    if plain is None or not marked.__code__.co_filename.endswith("contextlib.py"):
+        raise refuse(symbol, "is not marked for the profiler")
+    return exchange(symbol, "is marked for a profiler in each step",
+                    staticmethod(plain) if isinstance(held, staticmethod) else plain)
 
 
 def free_memory() -> Patch:

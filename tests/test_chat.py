@@ -505,7 +505,7 @@ def test_pipe(tiny, tiny_folder, tmp_path):
         answer = TOKENIZER.decode(ids).rstrip("\ufffd")
         history += [user(question), assistant(answer)]
         transcript += f"🤔: {question}\n🤖: {answer}\n"
-    assert run.stdout.decode() == transcript
+    assert run.stdout.decode() == transcript, run.stderr.decode()
     assert run.returncode == 0
     status = run.stderr.decode()
     assert "[tiny: " in status and "forgotten" in status and "/exit leaves" in status
@@ -552,7 +552,7 @@ def test_interrupt_returns_to_the_prompt(tiny, tiny_folder, tmp_path):
         os.chdir(tmp_path)
         os.execv(sys.executable, [
             sys.executable, str(SCRIPT), "--model", str(tiny_folder), "--temperature", "0",
-            "--max_new_tokens", "1900", "--max_seq_len", "100", "--stats",
+            "--max_new_tokens", "1900", "--max_seq_len", "100", "--stats", "--eager",
         ])
     try:
         read_until(terminal, "🤔: ")

@@ -155,7 +155,7 @@ def test_engine_settings_are_checked_as_before(monkeypatch):
     from lmdeploy import PytorchEngineConfig
 
     settings = PytorchEngineConfig(device_type="cpu", dtype="float32", quant_policy=8)
-    assert (settings.device_type, settings.dtype, settings.eager_mode) == ("cpu", "float32", True)
+    assert (settings.device_type, settings.dtype, settings.eager_mode) == ("cpu", "float32", False)
     for wrong in ({"device_type": "tpu"}, {"device_type": "cpu", "tp": 0},
                   {"device_type": "cpu", "block_size": 17}, {"dtype": "float32"}):
         with pytest.raises(AssertionError):

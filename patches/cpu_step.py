@@ -1,0 +1,149 @@
+"""The engine's decoding step as machine code: model/step.py over LMDeploy's weights and cache.
+
+On a GPU the engine records a step once as a CUDA graph and replays it, since starting hundreds of
+small operators would take longer than their work. On a CPU it is no different; here the step is
+compiled instead. Prompts, of any length, take the usual way through network.py.
+"""
+import torch
+from lmdeploy.pytorch.backends.graph_runner import GraphRunner
+from torch.utils import _pytree as pytree
+
+from model import compilation
+from model import step as step_file
+from model.compilation import FlatFunction, compiled
+from model.step import DecodeStep, LayerWeights, StepWeights, Weight, multiply
+from model.terminal import note
+
+from . import cpu_backend, cpu_linear
+from .cpu_linear import CpuLinearW4A16, multiply_4_bits
+from .network import YuanMengModel
+
+SOURCES = [module.__file__ for module in (compilation, step_file, cpu_backend, cpu_linear)]
+
+
+class CpuRunner(GraphRunner):
+    """Runs decoding steps compiled, all else as the network stands."""
+
+    def __init__(self, model, model_config, cache_config, backend_config, device, **kwargs):
+        super().__init__(model, model_config, cache_config, backend_config, device, **kwargs)
+        self.step = None
+        if isinstance(model, YuanMengModel) and not backend_config.eager_mode:
+            self.step = CompiledStep(model)
+
+    def get_capture_batch_sizes(self) -> list[int]:
+        """Trial steps before the first request: one for each way of decoding."""
+        return [1, 2][: self.cache_config.max_batches]
+
+    def __call__(self, **inputs) -> torch.Tensor:
+        metadata = inputs["attn_metadata"]
+        if self.step is None or metadata.reads_prompts or inputs.get("inputs_embeds") is not None:
+            return self.model(**inputs)
+        hidden_1ND = self.step(
+            inputs["input_ids"], inputs["position_ids"], inputs["past_key_values"], metadata)
+        return self.model(**inputs) if hidden_1ND is None else hidden_1ND
+
+    def get_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The step has computed them along with its hidden states."""
+        if self.step is not None and self.step.belongs(hidden_states):
+            return self.step.logits_1NV
+        return self.model.get_logits(hidden_states)
+
+
+class CompiledStep:
+    """The compiled steps of one network: for a single sequence, and for several."""
+
+    def __init__(self, network: YuanMengModel):
+        self.network = network
+        self.functions: dict[tuple[bool, int], FlatFunction | None] = {}
+        self.held: tuple | None = None
+        self.hidden_ND = self.logits_1NV = None
+
+    def __call__(self, ids_1N, positions_1N, caches, metadata) -> torch.Tensor | None:
+        """Hidden states [1, N, D] of the N sequences' newest tokens; None if it cannot be built."""
+        read_NL = metadata.read_slots.view(len(metadata.lengths), -1)
+        if read_NL.shape[1] == 1:  # the shortest that the code was built for is 2
+            read_NL = read_NL.repeat(1, 2)
+        changing = [ids_1N[0], positions_1N[0], metadata.write_slots, read_NL]
+        kind = (len(read_NL) > 1, int(metadata.quant_policy))
+        if kind not in self.functions:
+            self.functions[kind] = self.build(caches, changing, kind)
+        function = self.functions[kind]
+        if function is None:
+            return None
+        self.hidden_ND, logits_NV = function([*self.lasting(caches), *changing])
+        self.logits_1NV = logits_NV[None]
+        return self.hidden_ND[None]
+
+    def belongs(self, hidden_states: torch.Tensor) -> bool:
+        """Whether these are the last step's hidden states."""
+        return (self.hidden_ND is not None
+                and hidden_states.data_ptr() == self.hidden_ND.data_ptr()
+                and hidden_states.numel() == self.hidden_ND.numel())
+
+    def lasting(self, caches) -> list[torch.Tensor]:
+        """Weights and cache as a flat list; found anew when the engine has moved them."""
+        place = (self.network.tok_embeddings.weight.data_ptr(), caches[0][0].data_ptr())
+        if self.held is None or self.held[0] != place:
+            tensors = pytree.tree_leaves((network_weights(self.network), flat_caches(caches)))
+            self.held = (place, tensors)
+        return self.held[1]
+
+    def build(self, caches, changing: list[torch.Tensor], kind: tuple[bool, int]):
+        several, quant_policy = kind
+        network = self.network
+        weights = network_weights(network)
+        if weights is None:
+            return None
+        bits = cpu_backend.QUANTIZED_BITS.get(quant_policy)
+        step = DecodeStep.of(network.config, network.dtype, product=multiply_any,
+                             open_cache=cpu_backend.CACHES[bits])
+        Dim = torch.export.Dim
+        batch = {0: Dim("B", min=2, max=4096)} if several else None
+        longest = {**(batch or {}), 1: Dim("L", min=2, max=1 << 24)}
+        return compiled(
+            step,
+            (weights, flat_caches(caches), *changing),
+            (None, {0: Dim("S", min=2)}, batch, batch, batch, longest),
+            name=f"step-{'many' if several else 'one'}",
+            key=step.key, sources=SOURCES, say=note,
+        )
+
+
+def multiply_any(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The product of the step, with numbers or with AWQ's 4 bits."""
+    return multiply_4_bits(x_BI, *weight) if isinstance(weight, tuple) else multiply(x_BI, weight)
+
+
+def flat_caches(caches) -> list[tuple[torch.Tensor, ...]]:
+    """Each layer's cache as rows of slots: the same memory, without the blocks."""
+    return [tuple(tensor.flatten(0, 1) for tensor in cache) for cache in caches]
+
+
+def network_weights(network: YuanMengModel) -> StepWeights | None:
+    """The weights of the network in the engine; None if a matrix is of a kind that the step does
+    not know (4 bits in a layout without a kernel, an adapter beside it)."""
+    matrices = []
+    for layer in network.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        for linear in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2):
+            matrices.append(step_weight(linear, network.dtype))
+    if any(matrix is None for matrix in matrices):
+        return None
+    layers = [
+        LayerWeights(layer.attention_norm.weight, wqkv, wo, layer.ffn_norm.weight, w13, w2)
+        for layer, (wqkv, wo, w13, w2) in zip(
+            network.layers, zip(*[iter(matrices)] * 4, strict=True), strict=True)
+    ]
+    return StepWeights(network.tok_embeddings.weight, layers, network.norm.weight,
+                       network.output.weight, network.rope.cos, network.rope.sin)
+
+
+def step_weight(linear: torch.nn.Module, dtype: torch.dtype) -> Weight | None:
+    """What the step multiplies with in the place of one of LMDeploy's linear layers."""
+    if getattr(linear, "lora_adapters", None):
+        return None
+    if not isinstance(linear.impl, CpuLinearW4A16):
+        return linear.weight
+    if linear.impl.has_kernel and dtype is torch.bfloat16:
+        return linear.impl.kernel_weight, linear.impl.scales_offsets_GO2
+    return None
