@@ -38,6 +38,7 @@ from model.step import Slots, open_slots
 
 from .cpu_linear import CpuLinearW4A16
 
+BLOCK = 64  # queries
 QUANTIZED_BITS = {QuantPolicy.INT8: 8, QuantPolicy.INT4: 4}
 
 
@@ -242,17 +243,41 @@ class CpuAttention(AttentionImpl):
         outputs = []
         parts = (x.split(metadata.new_lengths) for x in (q_NHE, k_NKE, v_NKE))
         for q, k, v, slots in zip(*parts, metadata.read_slots, strict=True):
-            new, length = len(q), len(slots)
-            mask = None
-            if new < length:  # part of it was cached: by an earlier chunk, turn or sequence
+            if len(q) < len(slots):  # part was cached: by an earlier chunk, turn or sequence
                 k, v = keys.read(slots, q.dtype), values.read(slots, q.dtype)
-                mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)
-            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-            )
-            outputs.append(y[0].transpose(0, 1))
+            outputs.append(causal_attention(q, k, v, self.scale))
         return torch.cat(outputs)
+
+
+def causal_attention(
+    q_NHE: torch.Tensor, k_LKE: torch.Tensor, v_LKE: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The last N of L tokens attend to all up to themselves, [N, H, E].
+
+    torch's kernel is quick with short prompts only (512 tokens in bfloat16, one thread: 6.2 ms a
+    layer, 2.0 ms this way). So the queries are cut into blocks, each with two products over the
+    keys up to its end; the query heads that share a key head are laid under one another.
+    """
+    N, H, E = q_NHE.shape
+    L, K, _ = k_LKE.shape
+    if L <= BLOCK:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE, k_LKE, v_LKE))
+        mask = torch.ones(N, L, dtype=torch.bool).tril(L - N) if N < L else None
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        return y[0].transpose(0, 1)
+    q_KGNE = (q_NHE * scale).unflatten(1, (K, -1)).permute(1, 2, 0, 3)
+    k_KEL, v_KLE = k_LKE.permute(1, 2, 0).contiguous(), v_LKE.transpose(0, 1).contiguous()
+    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
+    outputs = []
+    for q_KGnE in q_KGNE.split(BLOCK, dim=2):
+        n = q_KGnE.shape[2]
+        end = L - N + n + sum(y.shape[2] for y in outputs)
+        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).float().unflatten(1, (-1, n))
+        scores_KGnl[..., end - n :].masked_fill_(future[:n, :n], float("-inf"))
+        weights = scores_KGnl.softmax(-1).to(v_KLE.dtype).flatten(1, 2)
+        outputs.append((weights @ v_KLE[:, :end]).unflatten(1, (-1, n)))
+    return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 class QuantizedSlots(Slots):
