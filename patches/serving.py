@@ -36,7 +36,7 @@ def patches() -> list[Patch]:
         logprobs_option(), tool_option(), operator_option(),
         page(), exits(), routes(), errors_of_the_app(), keys(), error_body(),
         session(), chat_request(), completion_request(), any_request(), perplexity(), scores(),
-        stop_words(), generation(), token_probabilities(), sampler(), forward(),
+        grammar(), stop_words(), generation(), token_probabilities(), sampler(), forward(),
     ]
 
 
@@ -393,6 +393,36 @@ def scores() -> Patch:
 
 
 # ---- Answers -------------------------------------------------------------------------------------
+
+def grammar() -> Patch:
+    """`compile_response_format` permits any number of spaces between the parts of JSON: a small
+    model may go on with spaces until its answer is cut off. Here it is one at most."""
+    symbol = "lmdeploy._guided_decoding.compile_response_format"
+    original = look_at(symbol, parameters=["compiler", "response_format"],
+                       contains=["compiler.compile_json_schema(source)"])
+    source_of = look_at("lmdeploy._guided_decoding._grammar_source",
+                        parameters=["response_format"])
+
+    def compile_response_format(compiler, response_format: dict):
+        kind, source = source_of(response_format)
+        if kind == "json_schema":
+            return compiler.compile_json_schema(source, max_whitespace_cnt=1)
+        return original(compiler, with_one_space(response_format))
+
+    return exchange(symbol, "permits endless spaces", compile_response_format,
+                    also=["lmdeploy.pytorch.engine.guided_process.compile_response_format"])
+
+
+def with_one_space(form):
+    """A structural tag, in which tools are called, whose JSON has at most one space in a row."""
+    if isinstance(form, list):
+        return [with_one_space(part) for part in form]
+    if not isinstance(form, dict):
+        return form
+    if form.get("type") == "json_schema" and "style" in form:
+        return form | {"max_whitespace_cnt": 1}
+    return {name: with_one_space(part) for name, part in form.items()}
+
 
 def stop_words() -> Patch:
     """`convert_stop_bad_words_to_ids` looks for single tokens that contain a stop word: it stops at
