@@ -23,6 +23,7 @@ import requests
 from model import MINI_DIR
 from training.settings import option, parse_settings
 
+MODEL = "yuanmeng"  # as clients call it
 QUESTIONS = [
     "你好", "你是谁？", "李白是谁", "一年有几个季节？", "What is water?", "用一句话介绍北京。",
     "1加1等于几", "写一句关于春天的话", "为什么天空是蓝色的？", "推荐一本书", "怎样学好英语？",
@@ -83,7 +84,7 @@ class ServerProcess:
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "lmdeploy_cli.py", "serve", "api_server", model, "--model-name", "it",
+            [sys.executable, "lmdeploy_cli.py", "serve", "api_server", model, "--model-name", MODEL,
              "--dtype", dtype, "--server-port", str(port)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
@@ -102,7 +103,7 @@ class ServerProcess:
         self.process.wait()
 
 
-async def load(server: ServerProcess, settings: Settings) -> tuple[Report, float]:
+async def load(server, settings: Settings) -> tuple[Report, float]:
     """What a single client gets; then, what happens when many ask at once, and for how long."""
     report = Report()
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0,
@@ -144,7 +145,7 @@ async def answer(client: openai.AsyncOpenAI, question: str, max_tokens: int, rep
     """One streamed answer; what it took goes into the report."""
     text, start, usage = "", time.monotonic(), None
     stream = await client.chat.completions.create(
-        model="it", messages=[{"role": "user", "content": question}], max_tokens=max_tokens,
+        model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=max_tokens,
         temperature=0, stream=True, stream_options={"include_usage": True},
     )
     async for chunk in stream:
@@ -159,7 +160,7 @@ async def answer(client: openai.AsyncOpenAI, question: str, max_tokens: int, rep
     return text
 
 
-def watch_health(server: ServerProcess, report: Report, stop: threading.Event) -> None:
+def watch_health(server, report: Report, stop: threading.Event) -> None:
     """How long /health takes. A new connection each time, as of a new client."""
     while not stop.wait(0.1):
         start = time.monotonic()
@@ -170,7 +171,7 @@ def watch_health(server: ServerProcess, report: Report, stop: threading.Event) -
         report.health.append(time.monotonic() - start)
 
 
-def watch_memory(server: ServerProcess, report: Report, stop: threading.Event) -> None:
+def watch_memory(server, report: Report, stop: threading.Event) -> None:
     """The server's resident memory. The first minute's growth is not counted: torch and the
     interpreter keep what they once needed."""
     process = psutil.Process(server.process.pid)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -644,6 +645,16 @@ def test_the_forward_pass_leaves_the_loop_to_others():
     assert asyncio.run(main())["logits"] == "logits"
 
 
+@pytest.mark.slow
+def test_under_load_nothing_is_lost_and_nothing_is_other_than_alone(server):
+    """benchmarks/serving.py, shortened: 16 clients stream for a quarter of a minute."""
+    from benchmarks.serving import Settings, load
+
+    report, _ = asyncio.run(load(server, Settings(clients=16, minutes=0.25)))
+    assert not report.failed and not report.wrong
+    assert report.answers >= 32 and report.health
+
+
 CLIENT = """
 import openai, sys
 client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
@@ -733,6 +744,68 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         with pytest.raises(SystemExit, match="stop the other server"):
             serving_checks.check_port("127.0.0.1", other.getsockname()[1])
+
+
+def test_a_wrong_path_is_told_in_one_line():
+    commands = [["chat", "nope"], ["serve", "api_server", "no/such/model"]]
+    runs = [subprocess.Popen([sys.executable, "lmdeploy_cli.py", *command], cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True) for command in commands]
+    for command, run in zip(commands, runs, strict=True):
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 1
+        assert errors == (f"no model in {command[-1]}: `python convert_to_transformers.py` makes "
+                          "one in Yuanmeng_Models/\n")
+
+
+@pytest.mark.slow
+def test_chat_in_a_terminal():
+    """A real terminal: questions, a conversation too long for the model, Ctrl-C, Ctrl-D."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [
+            sys.executable, "lmdeploy_cli.py", "chat", str(MINI_DIR), "--dtype", "float32",
+            "--chat-template", "chat_templates.json", "--session-len", "64"])
+    seen = b""
+
+    def read(*, until: bytes) -> str:
+        """What appears up to and with `until`; all of it if the program ends before."""
+        nonlocal seen
+        while until not in seen:
+            try:
+                seen += os.read(terminal, 4096)
+            except OSError:  # it has ended
+                break
+        shown, found, seen = seen.partition(until)
+        return (shown + found).decode()
+
+    def say(text: str) -> None:
+        os.write(terminal, text.encode())
+
+    try:
+        read(until=b">>> ")
+        say("你是谁\n\n")
+        assert "缘梦" in read(until=b">>> ")
+        say("那你会做什么呢？" * 10 + "\n\n")
+        assert "must be smaller than the model context length (64)" in read(until=b">>> ")
+        say("end\n\n")
+        read(until=b">>> ")
+        say("你是谁\n\n")
+        assert "缘梦" in read(until=b">>> ")
+        say("end\n\n")
+        read(until=b">>> ")
+        say("写一首诗\n\n")
+        read(until="诗".encode())
+        say("\x03")  # breaks the answer off, or ends the program if that was done already
+        say("\x04")
+        rest = read(until=b"exiting...")
+        assert rest.endswith("exiting...") and "Traceback" not in rest
+        assert "Traceback" not in read(until=b"\0")
+    finally:
+        os.kill(process, signal.SIGKILL)  # it has ended but is not waited for yet
+        _, status = os.waitpid(process, 0)
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_bytes_of_tokens(tokenizer):
