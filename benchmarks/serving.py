@@ -67,8 +67,9 @@ def main() -> None:
     health = sorted(1000 * value for value in report.health)
     print(f"/health, {len(health)} times: {statistics.median(health):.0f} ms (median), "
           f"{health[int(0.95 * len(health))]:.0f} ms (95 of 100), {health[-1]:.0f} ms (most)")
-    print(f"memory: {report.memory[0]:.0f} MiB at first, {report.memory[len(report.memory) // 2]:.0f} "
-          f"in the middle, {report.memory[-1]:.0f} at the end")
+    memory = report.memory
+    print(f"memory: {memory[0]:.0f} MiB at first, {memory[len(memory) // 2]:.0f} in the middle, "
+          f"{memory[-1]:.0f} at the end")
     for text in (report.failed + report.wrong)[:5]:
         print("  " + text)
     if report.failed or report.wrong:
@@ -172,8 +173,8 @@ def watch_health(server, report: Report, stop: threading.Event) -> None:
 
 
 def watch_memory(server, report: Report, stop: threading.Event) -> None:
-    """The server's resident memory. The first minute's growth is not counted: torch and the
-    interpreter keep what they once needed."""
+    """The server's resident memory. It grows in the first seconds: torch and the interpreter keep
+    what they once needed."""
     process = psutil.Process(server.process.pid)
     while True:
         report.memory.append(process.memory_info().rss / 2**20)

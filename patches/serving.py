@@ -4,6 +4,7 @@ the engine. One function for each symbol; what they do is in serving_app.py (HTT
 serving_checks.py (requests) and stop_text.py (stop words).
 """
 import asyncio
+import copy
 import json
 import logging
 import sys
@@ -121,26 +122,24 @@ def chat_input() -> Patch:
 
 
 def chat_pipeline() -> Patch:
-    """`chat` ends with a stack trace once the conversation is longer than the model's context."""
+    """`chat` says nothing once the conversation is longer than the model's context."""
     symbol = "lmdeploy.cli.chat.build_pipe"
     original = look_at(symbol, parameters=["model_path", "backend", "trust_remote_code", "kwargs"])
 
     def build_pipe(*args, **kwargs):
-        from lmdeploy.serve.core.exceptions import RequestError
-
         pipe = original(*args, **kwargs)
         stream_infer = pipe.stream_infer
 
         def stream(*args, **kwargs):
-            try:
-                yield from stream_infer(*args, **kwargs)
-            except RequestError as error:
-                print(f"{error}\nType end to begin a new conversation.")
+            for response in stream_infer(*args, **kwargs):
+                if response.error_message:
+                    print(f"{response.error_message}\nType end to begin a new conversation.")
+                yield response
 
         pipe.stream_infer = stream
         return pipe
 
-    return exchange(symbol, "does not survive a conversation that grew too long", build_pipe)
+    return exchange(symbol, "is silent where a conversation grew too long", build_pipe)
 
 
 def logprobs_option() -> Patch:
@@ -311,6 +310,7 @@ def any_request() -> Patch:
     async def preprocess(self, messages, session_id, gen_config=None, **kwargs):
         from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
+        gen_config = copy.copy(gen_config)  # the caller may use it again
         try:
             serving_checks.check_input(self, messages, kwargs.get("input_ids"))
             serving_checks.check_generation(self, gen_config)

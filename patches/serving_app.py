@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn as real_uvicorn
 
-MAX_BODY = 4 * 2**20  # bytes of a request
+MAX_BODY = 2 * 2**20  # bytes of a request
 MAX_DEPTH = 64  # of JSON; what is deeper would exhaust the stack of its readers
 STOP_WITHIN = 5  # seconds that running answers get when the server is told to stop
 ASSETS = "/docs/assets"

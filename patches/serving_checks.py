@@ -44,8 +44,9 @@ def check_port(address: str, port: int) -> None:
     """The server can listen there."""
     if not 0 < port < 65536:
         sys.exit(f"--server-port {port}: a port is a number from 1 to 65535")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        socket.create_server((address, port), reuse_port=False).close()
+        socket.create_server((address, port), family=family).close()
     except OSError as error:
         sys.exit(f"cannot listen on {address}:{port} ({error.strerror or error}): stop the other "
                  f"server, or choose another --server-port")

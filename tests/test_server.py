@@ -515,8 +515,8 @@ def test_other_ways_to_be_wrong(server):
     assert requests.get(server.url + CHAT, timeout=30).status_code == 405
 
 
-def test_a_grammar_that_takes_minutes_to_make_is_given_up(server, monkeypatch):
-    """Without anybody else noticing (and here, without waiting for the ten seconds of the server)."""
+def test_a_grammar_that_takes_minutes_to_make_is_given_up(monkeypatch):
+    """Nobody else notices. (Here it is given less than the server's ten seconds.)"""
 
     class Compiler:
         def get_cache_size_bytes(self) -> int:
