@@ -3,7 +3,6 @@
 Tokens are compared with transformers' on the same weights (float32, the likeliest token).
 """
 import asyncio
-import contextlib
 import json
 import os
 import pty
@@ -410,7 +409,7 @@ def schema(**fields) -> dict:
 WRONG = [  # path, body, status, a part of the reason
     (CHAT, chat(model="x"), 404, "'x' does not exist"),
     (CHAT, message(content="你好" * 3000), 400, "smaller than the model context length (2048)"),
-    (CHAT, message(content="你好" * 200_000), 400, "bytes is longer than"),
+    (CHAT, message(content="你好" * 100_000), 400, "bytes is longer than"),
     (CHAT, message(content="你好" * 2_000_000), 413, "a request may have"),
     (CHAT, b'{"model": "x", ', 400, "JSON decode error"),
     (CHAT, b"", 400, "Field required"),
@@ -702,6 +701,7 @@ def test_metrics_count_what_was_said(server, client):
 
 # ---- Keys, four-bit caches, and the end ----------------------------------------------------------
 
+@pytest.mark.slow
 def test_keys_four_bit_caches_and_the_end(tmp_path):
     """One more server, with the options of the README."""
     server = Server(tmp_path / "log", "--quant-policy", "4", "--api-keys", "one", "two")
@@ -718,8 +718,7 @@ def test_keys_four_bit_caches_and_the_end(tmp_path):
         next(iter(stream))
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(60)
-        with contextlib.suppress(openai.APIError, Exception):
-            list(stream)  # ends, one way or the other
+        stream.close()
     finally:
         server.process.kill()
         server.process.wait()
@@ -750,11 +749,13 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path):
 
 
 def test_a_wrong_path_is_told_in_one_line():
-    run = subprocess.run([sys.executable, "lmdeploy_cli.py", "serve", "api_server", "no/such/model"],
-                         cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "lmdeploy_cli.py", "serve", "api_server", "no/such/model"], cwd=ROOT,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )
     assert run.returncode == 1
-    assert run.stderr == ("no model in no/such/model: `python convert_to_transformers.py` makes one "
-                          "in Yuanmeng_Models/\n")
+    assert run.stderr == ("no model in no/such/model: `python convert_to_transformers.py` makes "
+                          "one in Yuanmeng_Models/\n")
 
 
 @pytest.mark.slow
