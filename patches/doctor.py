@@ -17,7 +17,7 @@ NEEDED = {  # modules that the engine imports, and the distribution that holds e
     "lmdeploy": f"lmdeploy=={SUPPORTED}", "mmengine": "mmengine-lite", "zmq": "pyzmq",
     "xgrammar": "xgrammar", "tvm_ffi": "apache-tvm-ffi", "cloudpickle": "cloudpickle",
     "fire": "fire", "shortuuid": "shortuuid", "pybase64": "pybase64", "fastapi": "fastapi",
-    "uvicorn": "uvicorn",
+    "uvicorn": "uvicorn", "fastapi_offline": "fastapi-offline",
     "openai": "openai", "prometheus_client": "prometheus_client",
 }
 

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -61,6 +62,12 @@ def find(symbol: str) -> tuple[Any, str, Any]:
         raise refuse(symbol, f"cannot be found ({error})") from error
 
 
+@cache
+def source_of(function: Any) -> str:
+    """Its source; reading a file takes a while, and some tests look a hundred times."""
+    return inspect.getsource(function)
+
+
 def look_at(
     symbol: str, *, parameters: Iterable[str] | None = None, contains: Iterable[str] = ()
 ) -> Any:
@@ -73,7 +80,7 @@ def look_at(
     function = held.__func__ if isinstance(held, staticmethod | classmethod) else held
     try:
         found = list(inspect.signature(function).parameters) if parameters is not None else None
-        source = inspect.getsource(function) if contains else ""
+        source = source_of(function) if contains else ""
     except (TypeError, ValueError, OSError) as error:
         raise refuse(symbol, f"cannot be looked into ({error})") from error
     if parameters is not None and found != list(parameters):
