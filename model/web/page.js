@@ -1,0 +1,101 @@
+// The conversations of this browser. Each has its own entry in localStorage, so that two tabs never
+// overwrite each other's; which one a tab shows is in its sessionStorage and survives a reload.
+const yuanmeng = (() => {
+  const PREFIX = "yuanmeng.conversation.";
+  const CURRENT = "yuanmeng.current";
+  const SETTINGS = "yuanmeng.parameters";
+  const MAX_CONVERSATIONS = 100; // beyond, the one unused for longest goes
+
+  const WIDE = 768; // pixels from which the sidebar stands beside the conversation, not over it
+
+  const textOf = (content) =>
+    typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
+  const current = () => sessionStorage.getItem(CURRENT);
+
+  function saved() { // newest first
+    return Object.keys(localStorage)
+      .filter((key) => key.startsWith(PREFIX))
+      .map((key) => ({ id: key.slice(PREFIX.length), ...JSON.parse(localStorage[key]) }))
+      .sort((a, b) => b.time - a.time);
+  }
+
+  function list() { // an update of the Radio
+    const choices = saved().map(({ id, title }) => [title, id]);
+    return { __type__: "update", choices, value: current() };
+  }
+
+  function put(key, value) { // makes room if the browser has no more
+    for (;;) {
+      try {
+        return localStorage.setItem(key, value);
+      } catch (error) {
+        const others = saved().filter(({ id }) => PREFIX + id !== key);
+        if (!others.length) throw error;
+        localStorage.removeItem(PREFIX + others.at(-1).id);
+      }
+    }
+  }
+
+  function save(chat) {
+    if (chat?.length) {
+      if (!current()) {
+        sessionStorage.setItem(CURRENT, `${Date.now()}-${Math.random().toString(36).slice(2)}`);
+      }
+      const messages = chat.map(({ role, content }) => ({ role, content: textOf(content) }));
+      const before = JSON.parse(localStorage.getItem(PREFIX + current()));
+      if (JSON.stringify(before?.messages) !== JSON.stringify(messages)) {
+        const title = messages[0].content.split("\n")[0].slice(0, 40);
+        put(PREFIX + current(), JSON.stringify({ title, time: Date.now(), messages }));
+      }
+      for (const { id } of saved().slice(MAX_CONVERSATIONS)) localStorage.removeItem(PREFIX + id);
+    }
+    return list();
+  }
+
+  function show() { // the current conversation as the Chatbot wants it, and the list
+    const entry = JSON.parse(localStorage.getItem(PREFIX + current()));
+    if (!entry) sessionStorage.removeItem(CURRENT);
+    const messages = (entry?.messages ?? []).map(({ role, content }) => (
+      { role, metadata: null, options: null, content: [{ type: "text", text: content }] }
+    ));
+    return [messages, list()];
+  }
+
+  function showSidebar(wanted) {
+    const sidebar = document.querySelector(".sidebar");
+    if (sidebar.classList.contains("open") !== wanted) {
+      sidebar.querySelector(".toggle-button").click();
+    }
+  }
+
+  function load() {
+    if (innerWidth >= WIDE) showSidebar(true);
+    return show();
+  }
+
+  function open(id, chat) {
+    save(chat);
+    sessionStorage.setItem(CURRENT, id);
+    if (innerWidth < WIDE) showSidebar(false);
+    return show();
+  }
+
+  function start(chat) {
+    save(chat);
+    sessionStorage.removeItem(CURRENT);
+    if (innerWidth < WIDE) showSidebar(false);
+    return show();
+  }
+
+  function remove(chat, question) {
+    if (!chat?.length || !confirm(question)) return [chat, list()];
+    localStorage.removeItem(PREFIX + current());
+    sessionStorage.removeItem(CURRENT);
+    return show();
+  }
+
+  const keepParameters = (...values) => put(SETTINGS, JSON.stringify(values));
+  const parameters = (...defaults) => JSON.parse(localStorage.getItem(SETTINGS)) ?? defaults;
+
+  return { load, save, open, start, remove, keepParameters, parameters };
+})();
