@@ -38,6 +38,7 @@ class Parameters:
 class Answer:
     """An answer while it comes; the counts are known once it is complete."""
 
+    model: str = ""
     text: str = ""
     forgotten: int = 0  # earliest turns of the conversation that were not sent
     first_seconds: float = 0.0  # until its first piece
@@ -117,7 +118,7 @@ class ChatClient:
     ) -> AsyncIterator[Answer]:
         """As `answer`, with all of `turns`."""
         system = [{"role": "system", "content": parameters.system}] if parameters.system else []
-        answer, start = Answer(), time.perf_counter()
+        answer, start = Answer(name), time.perf_counter()
         try:
             async with await self.client.chat.completions.create(
                 model=name, messages=[*system, *(message for turn in turns for message in turn)],

@@ -73,7 +73,7 @@ const yuanmeng = (() => {
     return show();
   }
 
-  function open(id, chat) {
+  function open(chat, id) {
     save(chat);
     sessionStorage.setItem(CURRENT, id);
     if (innerWidth < WIDE) showSidebar(false);

@@ -19,6 +19,9 @@ MAX_CHARACTERS = 20_000  # of a message
 MAX_TOKENS = 4096  # of an answer
 CONCURRENT_ANSWERS = 32  # the engine's largest batch on a CPU; who comes later waits
 MAX_WAITING = 256
+# Tags that a model's words could do harm with, shown as text. Markdown's own stay: it makes them.
+SHOWN_AS_TEXT = ["audio", "base", "embed", "form", "iframe", "img", "link", "meta", "object",
+                 "picture", "script", "select", "source", "style", "textarea", "video"]
 SECONDS_BETWEEN_UPDATES = 0.05  # of an answer on the screen
 
 
@@ -46,7 +49,7 @@ def lay_out_chat(
     chat = gr.Chatbot(
         label=texts["conversation"], show_label=False, elem_id="chat", height=None,
         editable="user", buttons=["copy"], layout="bubble", placeholder=texts["welcome"],
-        allow_tags=False, feedback_options=None, group_consecutive_messages=False,
+        allow_tags=SHOWN_AS_TEXT, feedback_options=None, group_consecutive_messages=False,
         examples=[{"text": texts[f"example_{number}"]} for number in (1, 2, 3, 4)],
     )
     with gr.Row(elem_id="below"):
@@ -93,12 +96,12 @@ def lay_out_chat(
         """Show the answer as it comes, then what it took, or why there is none."""
         turns = turns_of(messages)
         if not turns or len(turns[-1]) == 2:  # answered already
-            yield (gr.skip(),) * 6
+            yield (gr.skip(),) * 7
             return
         running = (gr.update(visible=False), gr.update(visible=True), gr.update(interactive=False))
         resting = (gr.update(visible=True), gr.update(visible=False), gr.update(interactive=True))
         answer, shown_at = Answer(), 0.0
-        yield messages, status_html(texts["waiting"]), forgotten, *running
+        yield messages, status_html(texts["waiting"]), forgotten, gr.skip(), *running
 
         def shown() -> Messages:
             return [*messages, message("assistant", answer.text)] if answer.text else messages
@@ -107,7 +110,7 @@ def lay_out_chat(
             async for answer in client.answer(turns, read_parameters(values), forgotten):
                 if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
                     shown_at = time.monotonic()
-                    yield shown(), *(gr.skip(),) * 5
+                    yield shown(), *(gr.skip(),) * 6
             line = status_html(describe(answer, texts))
         except AnswerError as error:
             reason = texts[error.kind].format(url=client.url, detail=error.detail)
@@ -115,10 +118,12 @@ def lay_out_chat(
         forgotten = answer.forgotten
         if answer.cut and answer.tokens < read_parameters(values).max_tokens:
             forgotten += (len(turns) - forgotten) // 2  # no room was left to answer: make some
-        yield shown(), line, forgotten, *resting
+        name = header_html(texts, language, answer.model) if answer.model else gr.skip()
+        yield shown(), line, forgotten, name, *resting
 
     asking = asked.change(
-        ask, [chat, forgotten, *parameters], [chat, status, forgotten, *buttons], **quiet
+        ask, [chat, forgotten, *parameters], [chat, status, forgotten, header, *buttons],
+        **quiet,
     )
     saved = {"fn": None, "inputs": chat, "outputs": history, "js": "yuanmeng.save"}
     asking.then(**saved, **quiet)
@@ -140,18 +145,16 @@ def lay_out_chat(
 
     shown = [chat, history]
     confirmed = json.dumps(texts["confirm_delete"], ensure_ascii=False)
-    for event in (
-        new.click(None, chat, shown, js="yuanmeng.start", **first),
-        history.input(None, [history, chat], shown, js="yuanmeng.open", **first),
-        delete.click(
-            None, chat, shown, js=f"(chat) => yuanmeng.remove(chat, {confirmed})", **first
-        ),
+    for trigger, inputs, js in (
+        (new.click, [chat], "yuanmeng.start"),
+        (history.input, [chat, history], "yuanmeng.open"),
+        (delete.click, [chat], f"(chat) => yuanmeng.remove(chat, {confirmed})"),
     ):
-        event.then(
+        trigger(
             lambda: (0, "", gr.update(visible=True), gr.update(visible=False),
                      gr.update(interactive=True)),
-            None, [forgotten, status, *buttons], **quiet,
-        )
+            None, [forgotten, status, *buttons], **first,
+        ).then(None, inputs, shown, js=js, **quiet)
 
     async def greet():
         """Which model this is, or that nothing answers."""

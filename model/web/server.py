@@ -83,7 +83,7 @@ def serve(
     if not is_loopback(server_name):
         print("Whoever reaches this computer can use the page: it asks for no password.",
               flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_STOP, access_log=False
+    config = uvicorn.Config(  # what is below critical: the open tabs that Ctrl-C cuts off
+        app, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_STOP, access_log=False
     )
     uvicorn.Server(config).run(sockets=[listener])

@@ -64,7 +64,7 @@ TABLE = {
         "The last message is too long for the model's context ({detail}).",
     ),
     "broken_off": ("连接在回答途中断开了。", "The connection broke off during the answer."),
-    "refused": ("服务拒绝了这个请求：{detail}", "The server refuses the request: {detail}"),
+    "refused": ("{url} 拒绝了这个请求：{detail}", "{url} refuses the request: {detail}"),
     "not_openai": (
         "{url} 不是 OpenAI 风格的服务（{detail}）。",
         "{url} is no OpenAI-style server ({detail}).",
