@@ -3,10 +3,10 @@ against the shipped model behind the real server.
 
 What a test waits for is what a user would see; nothing is timed.
 """
+import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,18 +21,15 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from benchmarks.screenshots import BROWSER_OPTIONS, find_browser
 from model import MINI_DIR
 from model.web.client import ChatClient, is_loopback
 from model.web.page import MAX_TURNS, message, turns_of
-from model.web.server import build_app
+from model.web.server import build_app, serve
 from model.web.texts import LANGUAGES, TABLE, preferred_language, texts_of
 
 ROOT = Path(__file__).parent.parent
 ZH, EN = texts_of("zh"), texts_of("en")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                   "--disable-background-networking", "--disable-component-update",
-                   "--disable-sync"]
 DESKTOP, PHONE = {"width": 1200, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 20_000  # milliseconds that a busy machine may take to show something
 
@@ -158,9 +155,8 @@ def running_page(url: str, **options) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """The browser that is installed, else the one that Playwright has fetched."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_OPTIONS)
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
         yield browser
         browser.close()
 
@@ -672,6 +668,11 @@ def command_line(*arguments: str) -> subprocess.Popen:
     )
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def wait_for_line(process: subprocess.Popen, pattern: str) -> re.Match:
     """The first line of its output that the pattern is found in."""
     seen = []
@@ -681,3 +682,39 @@ def wait_for_line(process: subprocess.Popen, pattern: str) -> re.Match:
             threading.Thread(target=process.stdout.read, daemon=True).start()  # it must not block
             return found
     raise AssertionError(f"ended without {pattern}:\n{''.join(seen)}")
+
+
+def end(process: subprocess.Popen) -> int:
+    """Ctrl-C; its exit status."""
+    os.killpg(process.pid, signal.SIGINT)
+    return process.wait(60)
+
+
+def test_what_cannot_be_served_is_one_line():
+    with pytest.raises(SystemExit, match=r"^serve gradio: 'localhost:23333' is no URL like .*$"):
+        serve("localhost:23333")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1:{port} .*--server-port"):
+            serve("http://localhost:23333", server_port=port)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lmdeploy") is None,
+                    reason="LMDeploy is published for Linux on x86-64 only")
+def test_the_shipped_model_answers_through_the_server_and_the_page(context):
+    server = command_line("serve", "api_server", str(MINI_DIR), "--dtype", "float32",
+                          "--server-port", str(free_port()))
+    try:
+        url = wait_for_line(server, r"Uvicorn running on (\S+)")[1]
+        web = command_line("serve", "gradio", url, "--server-port", "0")
+        try:
+            page = opened(context, wait_for_line(web, r"Open (\S+) in a browser")[1])
+            expect(page.locator("#model")).to_have_text(MINI_DIR.name)
+            page.get_by_text(ZH["example_1"]).click()  # 你是谁
+            expect(messages(page).last).to_contain_text("缘梦")
+            expect(page.locator("#status")).to_contain_text("token/秒")
+        finally:
+            assert end(web) in (0, 130, -signal.SIGINT)
+    finally:
+        end(server)
