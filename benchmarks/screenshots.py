@@ -29,8 +29,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                    "--disable-background-networking", "--disable-component-update",
                    "--disable-sync"]
-DESK, PHONE = {"width": 1200, "height": 760}, {"width": 390, "height": 760}
-QUESTIONS = ["你是谁", "李白是谁", "那杜甫呢？", "12加30等于多少"]
+DESK, PHONE = {"width": 1200, "height": 800}, {"width": 390, "height": 800}
+CONVERSATIONS = [["今天天气怎么样"], ["你是谁", "李白是谁", "那杜甫呢？", "12加30等于多少"]]
 GREEDY = ["", 0, 1, 512, 1, None]  # the page's parameters, in their order
 PATIENCE = 60_000  # milliseconds
 
@@ -76,20 +76,25 @@ def keep(page: Page, path: Path) -> None:
 
 
 def talk(browser: Browser, url: str, viewport: dict, path: Path, scale: float = 1) -> None:
-    """A conversation in Chinese in a window of this size."""
+    """Conversations in Chinese in a window of this size."""
     context = browser.new_context(locale="zh-CN", viewport=viewport, device_scale_factor=scale)
     context.set_default_timeout(PATIENCE)
     parameters = json.dumps(json.dumps(GREEDY))
     context.add_init_script(f"localStorage['yuanmeng.parameters'] ??= {parameters}")
     page = context.new_page()
-    page.goto(url)
-    page.wait_for_selector("#model:not(:empty)")
-    for number, question in enumerate(QUESTIONS, 1):
-        page.locator("#message textarea").fill(question)
-        page.locator("#message textarea").press("Enter")
-        page.locator("#chat .message").nth(2 * number - 1).wait_for()
-        page.locator("#status", has_text="token/秒").wait_for()
-    page.wait_for_timeout(1000)  # until it has scrolled
+    for questions in CONVERSATIONS:
+        page.goto(url)
+        page.evaluate("sessionStorage.clear()")  # another conversation
+        page.reload()
+        page.wait_for_selector("#model:not(:empty)")
+        for number, question in enumerate(questions, 1):
+            page.locator("#message textarea").fill(question)
+            page.locator("#message textarea").press("Enter")
+            page.locator("#chat .message").nth(2 * number - 1).wait_for()
+            page.locator("#status", has_text="token/秒").wait_for()
+    if viewport is DESK:
+        page.get_by_role("button", name="参数").click()
+    page.wait_for_timeout(1000)  # until it has scrolled and unfolded
     keep(page, path)
     context.close()
 

@@ -39,7 +39,7 @@ def lay_out_chat(
 ) -> None:
     """The chat in the current block, wired up."""
     # ---- What is on it -----------------------------------------------------------------------
-    with gr.Sidebar(width=300, open=False):
+    with gr.Sidebar(width=320, open=False):
         new = gr.Button(texts["new"], variant="primary")
         history = gr.Radio([], label=texts["history"], elem_id="history")
         delete = gr.Button(texts["delete"], size="sm")
