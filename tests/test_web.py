@@ -47,6 +47,7 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
+        self.server.silent.wait(PATIENCE / 1000)
         question = request["messages"][-1]["content"]
         length = sum(len(message["content"]) for message in request["messages"])
         if self.headers["Authorization"] != f"Bearer {self.server.key}":
@@ -120,6 +121,8 @@ class Endpoint(ThreadingHTTPServer):
         self.replies, self.failures, self.requests = {}, {}, []
         self.context, self.key, self.together = 100_000, "none", None
         self.left, self.stopping = threading.Event(), threading.Event()
+        self.silent = threading.Event()  # cleared: requests wait
+        self.silent.set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -137,10 +140,10 @@ def running_endpoint(port: int = 0) -> Iterator[Endpoint]:
 
 
 @contextmanager
-def running_page(url: str, **options) -> Iterator[str]:
+def running_page(url: str, port: int = 0, **options) -> Iterator[str]:
     """The page on a free port, asking `url`; its own URL."""
     language = options.pop("language", None)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     app = build_app(ChatClient(url, **options), language)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -174,6 +177,7 @@ def endpoint(served) -> Endpoint:
     endpoint.replies, endpoint.failures, endpoint.requests = {}, {}, []
     endpoint.context, endpoint.key, endpoint.together = 100_000, "none", None
     endpoint.left.clear()
+    endpoint.silent.set()
     return endpoint
 
 
@@ -240,6 +244,37 @@ def history(page: Page):
     return page.locator("#history label")
 
 
+def run_python(*arguments: str) -> subprocess.Popen:
+    """In a process group of its own, with a proxy in its environment that leads nowhere."""
+    return subprocess.Popen(
+        [sys.executable, "-u", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_for_line(process: subprocess.Popen, pattern: str) -> re.Match:
+    """The first line of its output that the pattern is found in."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if found := re.search(pattern, line):
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # it must not block
+            return found
+    raise AssertionError(f"ended without {pattern}:\n{''.join(seen)}")
+
+
+def end(process: subprocess.Popen) -> int:
+    """Ctrl-C; its exit status."""
+    os.killpg(process.pid, signal.SIGINT)
+    return process.wait(60)
+
+
 # ---- A conversation ------------------------------------------------------------------------------
 
 def test_answers_stream_and_the_conversation_goes_with_each_question(page, endpoint):
@@ -292,6 +327,27 @@ def test_stop_ends_it_on_the_server_and_keeps_what_was_said(page, endpoint):
     expect(messages(page).last).to_have_text(partial)
     ask(page, "继续")
     assert endpoint.requests[-1]["messages"][1]["content"].strip() == partial
+
+
+def test_stop_before_the_first_word_keeps_the_question(page, endpoint):
+    endpoint.silent.clear()
+    say(page, "等")
+    expect(page.locator("#status")).to_have_text(ZH["waiting"])
+    page.get_by_role("button", name=ZH["stop"]).click()
+    expect(page.locator("#status")).to_have_text(ZH["stopped"])
+    endpoint.silent.set()
+    expect(messages(page)).to_have_text(["等"])
+    page.get_by_role("button", name=ZH["retry"]).click()
+    expect(messages(page)).to_have_text(["等", "回答：等"])
+
+
+def test_a_question_during_an_answer_takes_its_place(page, endpoint):
+    say(page, "没完")
+    expect(messages(page).last).to_contain_text("5")
+    say(page, "换一个")
+    expect(messages(page)).to_have_count(4)
+    expect(messages(page).last).to_have_text("回答：换一个")
+    assert endpoint.left.wait(PATIENCE / 1000)
 
 
 def test_a_closed_tab_stops_the_answer_too(page, endpoint):
@@ -406,6 +462,21 @@ def test_tabs_do_not_overwrite_each_other(context, page, served):
     expect(messages(page)).to_have_text(["乙", "回答：乙"])
 
 
+def test_a_conversation_that_goes_on_in_two_tabs_becomes_two(context, page, served):
+    ask(page, "甲")
+    other = opened(context, served[1])
+    history(other).first.click()
+    expect(messages(other)).to_have_count(2)
+    ask(other, "那里")
+    ask(page, "这里")
+    ask(page, "还是这里")
+    reload(page)
+    expect(history(page)).to_have_text(["甲", "甲"])
+    expect(messages(page).nth(2)).to_have_text("这里")
+    history(page).last.click()
+    expect(messages(page).nth(2)).to_have_text("那里")
+
+
 def test_a_full_store_makes_room_by_the_oldest(page, endpoint):
     page.evaluate("""() => {
         const long = "长".repeat(50_000);
@@ -486,6 +557,27 @@ def test_a_server_that_is_down_and_comes_back(context):
             page.get_by_role("button", name=ZH["retry"]).click()
             expect(messages(page)).to_have_text(["在吗", "回答：在吗"])
             expect(page.locator("#model")).to_have_text("yuanmeng")
+
+
+@pytest.mark.slow
+def test_a_restart_of_the_page_loses_nothing(context, endpoint):
+    def start(port: int) -> subprocess.Popen:
+        code = f"from model.web.server import serve; serve({endpoint.url!r}, server_port={port})"
+        return run_python("-c", code)
+
+    web = start(0)
+    try:
+        url = wait_for_line(web, r"Open (\S+) in a browser")[1]
+        page = opened(context, url)
+        ask(page, "以前")
+        assert end(web) in (0, 130, -signal.SIGINT)
+        web = start(int(url.rsplit(":")[-1]))
+        wait_for_line(web, "Open ")
+        ask(page, "以后")
+    finally:
+        end(web)
+    assert [m["content"] for m in endpoint.requests[-1]["messages"]] == [
+        "以前", "回答：以前", "以后"]
 
 
 def test_what_is_no_endpoint_is_said(context, served):
@@ -660,36 +752,6 @@ def test_loopback_is_told_from_the_rest():
 
 # ---- The command ---------------------------------------------------------------------------------
 
-def command_line(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-u", "lmdeploy_cli.py", *arguments], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
-    )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def wait_for_line(process: subprocess.Popen, pattern: str) -> re.Match:
-    """The first line of its output that the pattern is found in."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if found := re.search(pattern, line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # it must not block
-            return found
-    raise AssertionError(f"ended without {pattern}:\n{''.join(seen)}")
-
-
-def end(process: subprocess.Popen) -> int:
-    """Ctrl-C; its exit status."""
-    os.killpg(process.pid, signal.SIGINT)
-    return process.wait(60)
-
-
 def test_what_cannot_be_served_is_one_line():
     with pytest.raises(SystemExit, match=r"^serve gradio: 'localhost:23333' is no URL like .*$"):
         serve("localhost:23333")
@@ -703,11 +765,11 @@ def test_what_cannot_be_served_is_one_line():
 @pytest.mark.skipif(importlib.util.find_spec("lmdeploy") is None,
                     reason="LMDeploy is published for Linux on x86-64 only")
 def test_the_shipped_model_answers_through_the_server_and_the_page(context):
-    server = command_line("serve", "api_server", str(MINI_DIR), "--dtype", "float32",
-                          "--server-port", str(free_port()))
+    server = run_python("lmdeploy_cli.py", "serve", "api_server", str(MINI_DIR),
+                        "--dtype", "float32", "--server-port", str(free_port()))
     try:
         url = wait_for_line(server, r"Uvicorn running on (\S+)")[1]
-        web = command_line("serve", "gradio", url, "--server-port", "0")
+        web = run_python("lmdeploy_cli.py", "serve", "gradio", url, "--server-port", "0")
         try:
             page = opened(context, wait_for_line(web, r"Open (\S+) in a browser")[1])
             expect(page.locator("#model")).to_have_text(MINI_DIR.name)

@@ -76,18 +76,21 @@ class ChatClient:
         )
 
     async def model_name(self) -> str:
-        """The first model served, asked anew each time: the server may have been restarted.
+        """The name it was made with, else the first model served, asked anew each time: the server
+        may have been restarted.
 
         Raises:
             AnswerError: nothing answers there, or not as it should.
         """
+        if self.fixed_name:
+            return self.fixed_name
         try:
             served = [model.id async for model in self.client.models.list()]
         except (openai.OpenAIError, ValueError, AttributeError) as error:
             raise explain(error) from error
         if not served:
             raise AnswerError("no_model")
-        return self.fixed_name or served[0]
+        return served[0]
 
     async def answer(
         self, turns: list[Messages], parameters: Parameters, forgotten: int = 0

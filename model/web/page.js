@@ -11,6 +11,9 @@ const yuanmeng = (() => {
   const textOf = (content) =>
     typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
   const current = () => sessionStorage.getItem(CURRENT);
+  const read = (id) => JSON.parse(localStorage.getItem(PREFIX + id));
+  let chosen = null; // in the list
+  let known = "null"; // what this tab last read or wrote of its conversation, as JSON
 
   function saved() { // newest first
     return Object.keys(localStorage)
@@ -38,14 +41,15 @@ const yuanmeng = (() => {
 
   function save(chat) {
     if (chat?.length) {
-      if (!current()) {
+      const messages = chat.map(({ role, content }) => ({ role, content: textOf(content) }));
+      const [kept, wanted] = [read(current())?.messages ?? null, messages].map(JSON.stringify);
+      if (!current() || (kept !== "null" && kept !== known)) { // another tab has gone on with it
         sessionStorage.setItem(CURRENT, `${Date.now()}-${Math.random().toString(36).slice(2)}`);
       }
-      const messages = chat.map(({ role, content }) => ({ role, content: textOf(content) }));
-      const before = JSON.parse(localStorage.getItem(PREFIX + current()));
-      if (JSON.stringify(before?.messages) !== JSON.stringify(messages)) {
+      if (kept !== wanted) {
         const title = messages[0].content.split("\n")[0].slice(0, 40);
         put(PREFIX + current(), JSON.stringify({ title, time: Date.now(), messages }));
+        known = wanted;
       }
       for (const { id } of saved().slice(MAX_CONVERSATIONS)) localStorage.removeItem(PREFIX + id);
     }
@@ -53,12 +57,13 @@ const yuanmeng = (() => {
   }
 
   function show() { // the current conversation as the Chatbot wants it, and the list
-    const entry = JSON.parse(localStorage.getItem(PREFIX + current()));
-    if (!entry) sessionStorage.removeItem(CURRENT);
-    const messages = (entry?.messages ?? []).map(({ role, content }) => (
+    const messages = read(current())?.messages ?? null;
+    if (!messages) sessionStorage.removeItem(CURRENT);
+    known = JSON.stringify(messages);
+    const shown = (messages ?? []).map(({ role, content }) => (
       { role, metadata: null, options: null, content: [{ type: "text", text: content }] }
     ));
-    return [messages, list()];
+    return [shown, list()];
   }
 
   function showSidebar(wanted) {
@@ -73,9 +78,13 @@ const yuanmeng = (() => {
     return show();
   }
 
-  function open(chat, id) {
+  function choose(id) { // at once: before it is opened, a save may put the list back
+    chosen = id;
+  }
+
+  function open(chat) {
     save(chat);
-    sessionStorage.setItem(CURRENT, id);
+    sessionStorage.setItem(CURRENT, chosen);
     if (innerWidth < WIDE) showSidebar(false);
     return show();
   }
@@ -97,5 +106,5 @@ const yuanmeng = (() => {
   const keepParameters = (...values) => put(SETTINGS, JSON.stringify(values));
   const parameters = (...defaults) => JSON.parse(localStorage.getItem(SETTINGS)) ?? defaults;
 
-  return { load, save, open, start, remove, keepParameters, parameters };
+  return { load, save, choose, open, start, remove, keepParameters, parameters };
 })();

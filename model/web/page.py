@@ -2,7 +2,7 @@
 
 The conversation lives in the browser (page.js) and comes with every question, so that neither a
 reload nor a restart of this server loses it. Everything that makes the model speak ends in a new
-value of `asked`; that alone starts `ask`, so that one event is to be stopped, whatever began it.
+value of `asked`, and that alone starts `ask`.
 """
 import html
 import json
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 import gradio as gr
 
 from .client import Answer, AnswerError, ChatClient, Messages, Parameters
+from .running import RunningAnswers, until
 from .texts import LANGUAGES, texts_of
 
 MAX_TURNS = 200  # of a conversation
@@ -67,94 +68,102 @@ def lay_out_chat(
     forgotten = gr.State(0)  # how many of the earliest turns the context had no room for
 
     # ---- What happens ------------------------------------------------------------------------
+    running = RunningAnswers()
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     buttons = [send, stop, retry]
+    outputs = [chat, status, forgotten, header, *buttons]
+    nothing = (gr.skip(),) * len(outputs)
+    speaking = (gr.update(visible=False), gr.update(visible=True), gr.update(interactive=False))
+    resting = (gr.update(visible=True), gr.update(visible=False), gr.update(interactive=True))
 
-    def add_question(text: str, messages: Messages):
+    async def add_question(request: gr.Request, text: str, messages: Messages):
         """The question into the conversation, where it stays whatever happens to the answer."""
         if not text.strip():
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         if len(turns_of(messages)) >= MAX_TURNS:
-            full = error_html(texts["full"].format(turns=MAX_TURNS))
-            return gr.skip(), gr.skip(), gr.skip(), full
+            return *(gr.skip(),) * 3, error_html(texts["full"].format(turns=MAX_TURNS))
+        await running.stop(request.session_hash)
         return "", [*messages, message("user", text)], time.time(), status_html(texts["waiting"])
 
-    def drop_answer(messages: Messages):
+    async def drop_answer(request: gr.Request, messages: Messages):
         """The conversation up to its last question."""
+        await running.stop(request.session_hash)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return messages, time.time() if messages else gr.skip()
 
-    def edit_question(messages: Messages, edited: gr.EditData):
+    async def edit_question(request: gr.Request, messages: Messages, edited: gr.EditData):
         """The conversation up to a question, which is another one now."""
+        await running.stop(request.session_hash)
         return [*messages[: edited.index], message("user", edited.value)], time.time()
 
     def pick_example(picked: gr.SelectData):
         return [message("user", picked.value["text"])], time.time()
 
-    async def ask(messages: Messages, forgotten: int, *values) -> AsyncIterator[tuple]:
+    async def stop_answer(request: gr.Request):
+        await running.stop(request.session_hash)
+        return status_html(texts["stopped"]), *resting
+
+    async def leave(request: gr.Request):
+        """An end to the answer of the conversation that is left, and to what was said of it."""
+        await running.stop(request.session_hash)
+        return 0, "", *resting
+
+    async def ask(
+        request: gr.Request, messages: Messages, forgotten: int, *values
+    ) -> AsyncIterator[tuple]:
         """Show the answer as it comes, then what it took, or why there is none."""
-        turns = turns_of(messages)
+        turns, parameters = turns_of(messages), read_parameters(values)
         if not turns or len(turns[-1]) == 2:  # answered already
-            yield (gr.skip(),) * 7
+            yield nothing
             return
-        running = (gr.update(visible=False), gr.update(visible=True), gr.update(interactive=False))
-        resting = (gr.update(visible=True), gr.update(visible=False), gr.update(interactive=True))
         answer, shown_at = Answer(), 0.0
-        yield messages, status_html(texts["waiting"]), forgotten, gr.skip(), *running
 
         def shown() -> Messages:
             return [*messages, message("assistant", answer.text)] if answer.text else messages
 
-        try:
-            async for answer in client.answer(turns, read_parameters(values), forgotten):
-                if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
-                    shown_at = time.monotonic()
-                    yield shown(), *(gr.skip(),) * 6
-            line = status_html(describe(answer, texts))
-        except AnswerError as error:
-            reason = texts[error.kind].format(url=client.url, detail=error.detail)
-            line = error_html(f"{reason} {texts['kept']}")
-        forgotten = answer.forgotten
-        if answer.cut and answer.tokens < read_parameters(values).max_tokens:
-            forgotten += (len(turns) - forgotten) // 2  # no room was left to answer: make some
-        name = header_html(texts, language, answer.model) if answer.model else gr.skip()
-        yield shown(), line, forgotten, name, *resting
+        with running.begin(request.session_hash) as stopped:
+            yield messages, status_html(texts["waiting"]), forgotten, gr.skip(), *speaking
+            try:
+                async for answer in until(stopped, client.answer(turns, parameters, forgotten)):
+                    if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
+                        shown_at = time.monotonic()
+                        yield shown(), *nothing[1:]
+                line = status_html(describe(answer, texts))
+            except AnswerError as error:
+                reason = texts[error.kind].format(url=client.url, detail=error.detail)
+                line = error_html(f"{reason} {texts['kept']}")
+            if stopped.is_set():
+                yield nothing  # else Gradio would send the last update once more, and too late
+            else:
+                forgotten = answer.forgotten
+                if answer.cut and answer.tokens < parameters.max_tokens:  # the context was full
+                    forgotten += (len(turns) - forgotten) // 2
+                name = header_html(texts, language, answer.model) if answer.model else gr.skip()
+                yield shown(), line, forgotten, name, *resting
 
-    asking = asked.change(
-        ask, [chat, forgotten, *parameters], [chat, status, forgotten, header, *buttons],
-        **quiet,
-    )
-    saved = {"fn": None, "inputs": chat, "outputs": history, "js": "yuanmeng.save"}
-    asking.then(**saved, **quiet)
-
-    first = {"cancels": [asking], **quiet}
+    saved = {"fn": None, "inputs": chat, "outputs": history, "js": "yuanmeng.save", **quiet}
     for event in (
+        asked.change(ask, [chat, forgotten, *parameters], outputs, **quiet),
         gr.on([send.click, box.submit], add_question, [box, chat], [box, chat, asked, status],
-              **first),
-        retry.click(drop_answer, chat, [chat, asked], **first),
-        chat.edit(edit_question, chat, [chat, asked], **first),
-        chat.example_select(pick_example, None, [chat, asked], **first),
-        stop.click(
-            lambda: (status_html(texts["stopped"]), gr.update(visible=True),
-                     gr.update(visible=False), gr.update(interactive=True)),
-            None, [status, *buttons], **first,
-        ),
+              **quiet),
+        retry.click(drop_answer, chat, [chat, asked], **quiet),
+        chat.edit(edit_question, chat, [chat, asked], **quiet),
+        chat.example_select(pick_example, None, [chat, asked], **quiet),
+        stop.click(stop_answer, None, [status, *buttons], **quiet),
     ):
-        event.then(**saved, **quiet)
+        event.then(**saved)
 
     shown = [chat, history]
     confirmed = json.dumps(texts["confirm_delete"], ensure_ascii=False)
-    for trigger, inputs, js in (
-        (new.click, [chat], "yuanmeng.start"),
-        (history.input, [chat, history], "yuanmeng.open"),
-        (delete.click, [chat], f"(chat) => yuanmeng.remove(chat, {confirmed})"),
+    chosen = history.input(None, history, None, js="yuanmeng.choose", **quiet)
+    for trigger, js in (
+        (new.click, "yuanmeng.start"),
+        (chosen.then, "yuanmeng.open"),
+        (delete.click, f"(chat) => yuanmeng.remove(chat, {confirmed})"),
     ):
-        trigger(
-            lambda: (0, "", gr.update(visible=True), gr.update(visible=False),
-                     gr.update(interactive=True)),
-            None, [forgotten, status, *buttons], **first,
-        ).then(None, inputs, shown, js=js, **quiet)
+        left = trigger(leave, None, [forgotten, status, *buttons], **quiet)
+        left.then(None, chat, shown, js=js, **quiet)
 
     async def greet():
         """Which model this is, or that nothing answers."""
