@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["setup.sh", "quickstart.sh", "run_tests.sh", ".ci/run"]
-TOOLS = ["awk", "bash", "cat", "chmod", "cmp", "cp", "cut", "dirname", "flock", "grep", "id", "kill",
-         "mkdir", "mv", "rm", "sed", "sleep", "tail", "uname"]
+TOOLS = ["awk", "bash", "cat", "chmod", "cmp", "cp", "cut", "dirname", "flock", "grep", "id",
+         "kill", "mkdir", "mv", "rm", "sed", "sleep", "tail", "uname"]
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for Python: notes its arguments, leaves behind what the command would.

@@ -3,6 +3,7 @@ import ipaddress
 import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ Messages = list[dict[str, str]]
 
 
 class AnswerError(Exception):
-    """No answer, or not all of it. `kind` is a key of texts.TEXTS, `detail` the endpoint's words."""
+    """No answer, or not all of it. `kind` is a key of the texts, `detail` the endpoint's words."""
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(kind)
@@ -107,9 +108,10 @@ class ChatClient:
         forgotten = min(forgotten, len(turns) - 1)
         while True:
             try:
-                async for answer in self.stream(name, turns[forgotten:], parameters):
-                    answer.forgotten = forgotten
-                    yield answer
+                async with aclosing(self.stream(name, turns[forgotten:], parameters)) as answers:
+                    async for answer in answers:
+                        answer.forgotten = forgotten
+                        yield answer
                 return
             except AnswerError as error:
                 if error.kind != "too_long" or forgotten == len(turns) - 1:
@@ -143,7 +145,8 @@ class ChatClient:
                             yield answer
                 yield answer
         except (openai.OpenAIError, ValueError, AttributeError) as error:
-            raise AnswerError("broken_off") if answer.text else explain(error) from error
+            begun = answer.text and isinstance(error, openai.APIConnectionError)
+            raise AnswerError("broken_off") if begun else explain(error) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -20,7 +20,10 @@ TABLE = {
     "new": ("＋ 新对话", "＋ New conversation"),
     "history": ("对话（保存在这个浏览器里）", "Conversations (kept in this browser)"),
     "delete": ("删除这个对话", "Delete this conversation"),
-    "confirm_delete": ("删除这个对话？不能撤销。", "Delete this conversation? It cannot be undone."),
+    "confirm_delete": (
+        "删除这个对话？不能撤销。",
+        "Delete this conversation? It cannot be undone.",
+    ),
     "parameters": ("参数", "Parameters"),
     "system": ("系统提示", "System prompt"),
     "system_info": ("留空则用模型自带的", "empty: the model's own"),
@@ -36,7 +39,10 @@ TABLE = {
     # The line under the conversation
     "waiting": ("正在想……", "Thinking…"),
     "stopped": ("已停止。", "Stopped."),
-    "counts": ("读 {prompt_tokens} 写 {tokens} token", "{prompt_tokens} tokens read, {tokens} written"),
+    "counts": (
+        "读 {prompt_tokens} 写 {tokens} token",
+        "{prompt_tokens} tokens read, {tokens} written",
+    ),
     "first": ("首字 {first_seconds:.2f} 秒", "first after {first_seconds:.2f} s"),
     "speed": ("{speed:.1f} token/秒", "{speed:.1f} tokens/s"),
     "forgotten": (
@@ -82,6 +88,6 @@ def texts_of(language: str) -> dict[str, str]:
 
 
 def preferred_language(accept_language: str) -> str:
-    """What a browser that sends this header reads: Chinese if that comes first or nothing is said."""
+    """What a browser that sends this header reads: Chinese if that is first or nothing is said."""
     first = accept_language.strip().lower() or "zh"
     return "zh" if first.startswith("zh") else "en"
