@@ -123,7 +123,7 @@ def lay_out_chat(
             return [*messages, message("assistant", answer.text)] if answer.text else messages
 
         with running.begin(request.session_hash) as stopped:
-            yield messages, status_html(texts["waiting"]), forgotten, gr.skip(), *speaking
+            yield gr.skip(), status_html(texts["waiting"]), gr.skip(), gr.skip(), *speaking
             try:
                 async for answer in until(stopped, client.answer(turns, parameters, forgotten)):
                     if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:

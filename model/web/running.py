@@ -37,18 +37,32 @@ class RunningAnswers:
 
 
 async def until(stopped: asyncio.Event, answers: AsyncIterator[Answer]) -> AsyncIterator[Answer]:
-    """`answers` until `stopped` is set, even while the next one is waited for; then, and whenever
-    this is closed, they are closed too."""
-    stopping = piece = asyncio.ensure_future(stopped.wait())
-    async with aclosing(answers):
-        try:
-            while True:
-                piece = asyncio.ensure_future(anext(answers, None))
-                await asyncio.wait({piece, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                if stopped.is_set() or (answer := piece.result()) is None:
-                    return
-                yield answer
-        finally:
-            piece.cancel()
-            stopping.cancel()
-            await asyncio.gather(piece, stopping, return_exceptions=True)
+    """The newest of `answers` again and again, to the last of them or until `stopped` is set; then,
+    and whenever this is closed, they are closed too.
+
+    They are read as they come, however long each takes to show: or the times in them were not true.
+    """
+    newest, news = None, asyncio.Event()
+
+    async def read() -> None:
+        nonlocal newest
+        async with aclosing(answers):
+            async for newest in answers:
+                news.set()
+
+    reading, stopping = asyncio.create_task(read()), asyncio.create_task(stopped.wait())
+    for task in (reading, stopping):
+        task.add_done_callback(lambda _: news.set())
+    try:
+        while not stopped.is_set() and not reading.done():
+            await news.wait()
+            news.clear()
+            if newest is not None and not stopped.is_set():
+                yield newest
+        if not stopped.is_set():
+            reading.result()  # raises what ended them
+            yield newest
+    finally:
+        reading.cancel()
+        stopping.cancel()
+        await asyncio.gather(reading, stopping, return_exceptions=True)
