@@ -287,7 +287,7 @@ def test_answers_stream_and_the_conversation_goes_with_each_question(page, endpo
         ("user", "你好"), ("assistant", "回答：你好"), ("user", "再见")]
     assert sent["stream"] and sent["model"] == "some/yuanmeng"
     line = page.locator("#status").inner_text()
-    assert re.fullmatch(r"读 9 写 5 token · 首字 [\d.]+ 秒 · [\d.]+ token/秒", line.strip())
+    assert re.fullmatch(r"读 9 写 5 token · 首字 [\d.]+ 秒 · 平均 [\d.]+ token/秒", line.strip())
 
 
 def test_what_is_on_the_screen_grows_before_the_answer_ends(page, endpoint):

@@ -49,9 +49,9 @@ class Answer:
     cut: bool = False  # ended by a limit, not by the model
 
     def tokens_per_second(self) -> float | None:
-        """Speed of all tokens but the first, whose time is that of reading the prompt."""
-        passed = self.seconds - self.first_seconds
-        return (self.tokens - 1) / passed if self.tokens > 1 and passed > 0 else None
+        """Of the whole answer, the wait for its first piece included: a short answer may arrive at
+        once when this computer is busy, and the pieces' own times then tell nothing."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 class ChatClient:

@@ -44,7 +44,7 @@ TABLE = {
         "{prompt_tokens} tokens read, {tokens} written",
     ),
     "first": ("首字 {first_seconds:.2f} 秒", "first after {first_seconds:.2f} s"),
-    "speed": ("{speed:.1f} token/秒", "{speed:.1f} tokens/s"),
+    "speed": ("平均 {speed:.1f} token/秒", "{speed:.1f} tokens/s on average"),
     "forgotten": (
         "上下文放不下，最早的 {forgotten} 轮没有发给模型",
         "the context is full: the earliest {forgotten} turns were not sent to the model",
