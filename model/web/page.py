@@ -45,7 +45,7 @@ def lay_out_chat(
         history = gr.Radio([], label=texts["history"], elem_id="history")
         delete = gr.Button(texts["delete"], size="sm")
         with gr.Accordion(texts["parameters"], open=False):
-            parameters = parameter_controls(texts)
+            controls = parameter_controls(texts)
     header = gr.HTML(header_html(texts, language), elem_id="header")
     chat = gr.Chatbot(
         label=texts["conversation"], show_label=False, elem_id="chat", height=None,
@@ -144,7 +144,7 @@ def lay_out_chat(
 
     saved = {"fn": None, "inputs": chat, "outputs": history, "js": "yuanmeng.save", **quiet}
     for event in (
-        asked.change(ask, [chat, forgotten, *parameters], outputs, **quiet),
+        asked.change(ask, [chat, forgotten, *controls], outputs, **quiet),
         gr.on([send.click, box.submit], add_question, [box, chat], [box, chat, asked, status],
               **quiet),
         retry.click(drop_answer, chat, [chat, asked], **quiet),
@@ -154,7 +154,6 @@ def lay_out_chat(
     ):
         event.then(**saved)
 
-    shown = [chat, history]
     confirmed = json.dumps(texts["confirm_delete"], ensure_ascii=False)
     chosen = history.input(None, history, None, js="yuanmeng.choose", **quiet)
     for trigger, js in (
@@ -163,7 +162,7 @@ def lay_out_chat(
         (delete.click, f"(chat) => yuanmeng.remove(chat, {confirmed})"),
     ):
         left = trigger(leave, None, [forgotten, status, *buttons], **quiet)
-        left.then(None, chat, shown, js=js, **quiet)
+        left.then(None, chat, [chat, history], js=js, **quiet)
 
     async def greet():
         """Which model this is, or that nothing answers."""
@@ -173,10 +172,10 @@ def lay_out_chat(
             reason = texts[error.kind].format(url=client.url, detail=error.detail)
             return header_html(texts, language), error_html(reason)
 
-    page.load(None, None, shown, js="yuanmeng.load", **quiet)
-    page.load(None, parameters, parameters, js="yuanmeng.parameters", **quiet)
+    page.load(None, None, [chat, history], js="yuanmeng.load", **quiet)
+    page.load(None, controls, controls, js="yuanmeng.parameters", **quiet)
     page.load(greet, None, [header, status], **quiet)
-    gr.on([control.change for control in parameters], None, parameters, None,
+    gr.on([control.change for control in controls], None, controls, None,
           js="yuanmeng.keepParameters", **quiet)
 
 
