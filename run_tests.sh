@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
-bash setup.sh
+bash setup.sh --browser
 # A test that hangs fails after ten minutes and shows where it stood; the slowest takes under one.
 exec .venv/bin/python -m pytest -q --timeout 600 --durations 10 tests "$@"

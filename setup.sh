@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Stage I: make .venv and install everything the later stages need.
 #
-#   bash setup.sh           GPU profile if `nvidia-smi -L` works, else CPU
-#   bash setup.sh --cpu     force the CPU profile (LMDeploy runs on the CPU through patches/)
-#   bash setup.sh --gpu     force the GPU profile (LMDeploy with the torch it asks for)
+#   bash setup.sh              GPU profile if `nvidia-smi -L` works, else CPU
+#   bash setup.sh --cpu        force the CPU profile (LMDeploy runs on the CPU through patches/)
+#   bash setup.sh --gpu        force the GPU profile (LMDeploy with the torch it asks for)
+#   bash setup.sh --browser    and a browser, if there is none, for the tests of the web page
 #
 # A second run finds its stamp and ends at once. An interrupted run is simply started again.
 # Mirrors: PIP_INDEX_URL is honoured as pip does; TORCH_INDEX_URL names an index holding the small
@@ -26,10 +27,11 @@ fail() { # fail WHAT NEXT...: one line of what went wrong, then what to do, one 
     printf '  %s\n' "$@" >&2
     exit 1
 }
-usage() { sed -n '4,6s/^#   //p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '4,7s/^#   //p' "${BASH_SOURCE[0]}"; }
 
 # ---- Settings ------------------------------------------------------------------------------------
 profile=
+browser=
 for option in "$@"; do
     case $option in
         --cpu | --gpu)
@@ -38,8 +40,9 @@ for option in "$@"; do
             fi
             profile=${option#--}
             ;;
+        --browser) browser=1 ;;
         -h | --help) usage && exit 0 ;;
-        *) fail "unknown option '$option'" "Options: --cpu, --gpu, --help." ;;
+        *) fail "unknown option '$option'" "Options: --cpu, --gpu, --browser, --help." ;;
     esac
 done
 
@@ -68,20 +71,26 @@ fi
 
 # The stamp holds all that decides what is installed, so that any change of it installs anew.
 wanted() { printf '%s\n' "profile $profile" && cat requirements.txt setup.sh; }
+complete=
 if wanted | cmp -s - "$venv/stamp" && "$python" -c '' 2>/dev/null; then
     say "Set-up is complete (profile: $profile); nothing to install."
-    exit 0
+    [ -n "$browser" ] || exit 0
+    complete=1
+else
+    rm -f "$venv/stamp"
+    printf '%s\n' "$profile" >"$venv/profile"
 fi
-rm -f "$venv/stamp"
-printf '%s\n' "$profile" >"$venv/profile"
 
 # ---- Steps ---------------------------------------------------------------------------------------
 unreachable='name resolution|NewConnectionError|ConnectTimeout|Read timed out|ProxyError|SSLError'
 unreachable="$unreachable|unreachable|Connection (refused|reset|aborted|broken)"
 unfit='No matching distribution|not a supported wheel|Failed to build|subprocess-exited'
+no_browser='Neither apt-get nor Playwright could install a browser'
 explain() { # explain LOG: turn a failed step's output into what to do next
     if grep -qiE 'no space left|disk quota' "$1"; then
         say "The disk is full: free 4 GB for the CPU profile, 20 GB for the GPU's (df -h .)."
+    elif grep -q "$no_browser" "$1"; then
+        say "Install Chromium or Google Chrome yourself. Debian: sudo apt install chromium"
     elif grep -qiE "$unreachable" "$1"; then
         say "The package index cannot be reached. Behind a proxy set HTTPS_PROXY; to use a mirror:"
         say "PIP_INDEX_URL=https://your.mirror/simple bash setup.sh"
@@ -139,8 +148,32 @@ step() { # step TITLE COMMAND...: run it with its output in the log
 }
 pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
 
-# ---- Python --------------------------------------------------------------------------------------
+# ---- Browser -------------------------------------------------------------------------------------
+fetched='from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    open(playwright.chromium.executable_path)'
+fetch_browser() { # the distribution's, with letters for Chinese; else the one that Playwright has
+    export DEBIAN_FRONTEND=noninteractive
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update &&
+        apt-get install -y --no-install-recommends chromium fonts-noto-cjk; then
+        return
+    fi
+    "$python" -m playwright install chromium || { say "$no_browser" && return 1; }
+}
+install_browser() { # unless there is one that starts: Ubuntu's may be an empty shell
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if "$name" --version >/dev/null 2>&1; then return; fi
+    done
+    if ! can_run "$python" "$fetched"; then step "browser for the tests" fetch_browser; fi
+}
 can_run() { "$1" -c "$2" 2>/dev/null; } # a pyenv shim exists even where its Python does not
+if [ -n "$complete" ]; then
+    install_browser
+    exit 0
+fi
+
+# ---- Python --------------------------------------------------------------------------------------
 new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
 full_name='import sys; print("python%d.%d" % sys.version_info[:2])'
 base=""
@@ -212,4 +245,5 @@ if sys.argv[1] == "cpu" and torch.version.cuda:
     print("This torch carries CUDA libraries that this machine does not use. To save about 2 GB: "
           "delete .venv, set TORCH_INDEX_URL to an index of CPU builds, and run setup.sh again.")
 PYTHON
+if [ -n "$browser" ]; then install_browser; fi
 say "Next: bash quickstart.sh, or by hand: source $venv/bin/activate"

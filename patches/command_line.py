@@ -1,4 +1,6 @@
 """LMDeploy's command line, as lmdeploy_cli.py starts it. One function for each symbol."""
+from argparse import Namespace
+
 from . import default_device
 from .quantization import HUB_DATASET
 from .upstream import Patch, exchange, look_at
@@ -9,7 +11,8 @@ SERVE = "lmdeploy.cli.serve.SubCliServe"
 
 def patches() -> list[Patch]:
     """All of this file, checked and not applied."""
-    found = [data_option(), length_option(), address("api_server"), address("proxy")]
+    found = [data_option(), length_option(), address("api_server"), address("proxy"),
+             page_command()]
     return found + [device_option(), dtype_option()] if default_device() == "cpu" else found
 
 
@@ -32,6 +35,41 @@ def address(command: str) -> Patch:
 
     return exchange(symbol, "listens to every computer that reaches this one",
                     staticmethod(add_parser))
+
+
+def page_command() -> Patch:
+    """`serve gradio`: the chat page, which LMDeploy dropped in 0.10; model/web/ is ours."""
+    symbol = f"{SERVE}.add_parsers"
+    original = look_at(symbol, parameters=[], contains=["SubCliServe.add_parser_api_server()",
+                                                        "SubCliServe.add_parser_proxy()"]).__func__
+
+    def add_parsers() -> None:
+        from lmdeploy.cli.serve import SubCliServe
+
+        original()
+        description = "Serve a web page on which one can chat with an api_server."
+        parser = SubCliServe.subparsers.add_parser("gradio", description=description,
+                                                   help=description)
+        parser.set_defaults(run=run_page)
+        add = parser.add_argument
+        add("api_server_url", help="such as http://localhost:23333, with or without /v1")
+        add("--server-name", default="127.0.0.1",
+            help="address to listen to; 0.0.0.0 lets other computers in, and there is no password")
+        add("--server-port", type=int, default=6006, help="port of the page")
+        add("--api-key", help="one of the server's --api-keys, if it wants one")
+        # `run` of LMDeploy's entry point puts a model's path into any option named model_name.
+        add("--model-name", dest="served_name", help="instead of the first that the server names")
+        add("--language", choices=["zh", "en"], help="instead of the browser's own")
+
+    return exchange(symbol, "no longer offers the web page `gradio`", staticmethod(add_parsers))
+
+
+def run_page(args: Namespace) -> None:
+    """What `serve gradio` does with its options."""
+    from model.web.server import serve
+
+    serve(args.api_server_url, server_name=args.server_name, server_port=args.server_port,
+          api_key=args.api_key, model_name=args.served_name, language=args.language)
 
 
 def data_option() -> Patch:

@@ -167,6 +167,7 @@ def test_the_readme_has_the_commands_of_all_its_stages():
     "FAST=1 bash quickstart.sh --no_such_option",
     "bash no_such_script.sh",
     "python lmdeploy_cli.py serve no_such_server model",
+    "python lmdeploy_cli.py serve gradio http://localhost:23333 --language fr",
     "python lmdeploy_cli.py lite auto_awq model --no-such-option",
 ])
 def test_a_wrong_command_is_found(command):

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["setup.sh", "quickstart.sh", "run_tests.sh", ".ci/run"]
-TOOLS = ["awk", "bash", "cat", "chmod", "cmp", "cp", "cut", "dirname", "flock", "grep", "kill",
-         "mkdir", "mv", "rm", "sed", "sleep", "tail", "uname"]
+TOOLS = ["awk", "bash", "cat", "chmod", "cmp", "cp", "cut", "dirname", "flock", "grep", "id",
+         "kill", "mkdir", "mv", "rm", "sed", "sleep", "tail", "uname"]
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for Python: notes its arguments, leaves behind what the command would.
@@ -27,6 +27,10 @@ case "$*" in
     -c*'(3, 10)'*) exit "${TOO_OLD:-0}" ;;
     -c*'print("python'*) echo python3.11 ;;
     -c*ensurepip*) exit "${NO_VENV:-0}" ;;
+    -c*executable_path*) [ -n "${FETCHED:-}" ]; exit ;;
+    "-m playwright install chromium")
+        if [ -n "${PLAYWRIGHT_FAILS:-}" ]; then echo "$PLAYWRIGHT_FAILS" && exit 1; fi
+        ;;
     "-m venv "*)
         mkdir -p "$3/bin" && cp "$FAKES/python" "$3/bin/python"
         printf '#!/usr/bin/env bash\\necho deno 2.9.8\\n' >"$3/bin/deno" && chmod +x "$3/bin/deno"
@@ -184,7 +188,7 @@ def test_cpu_profile_installs_lmdeploy_without_its_dependencies(sandbox):
 def test_gpu_profile_leaves_torch_to_lmdeploy(sandbox):
     sandbox.add_tool("nvidia-smi", "#!/usr/bin/env bash\necho GPU 0\n")
     assert "profile: gpu" in sandbox.run("setup.sh").stdout
-    assert sandbox.installs() == ["lmdeploy==0.18.0 -r .venv/requirements-gpu.txt"]
+    assert sandbox.installs()[0] == "lmdeploy==0.18.0 -r .venv/requirements-gpu.txt"
     listed = (sandbox.root / ".venv/requirements-gpu.txt").read_text()
     assert "torch==" not in listed and "transformers==" in listed
 
@@ -265,6 +269,76 @@ def test_a_second_set_up_waits_for_the_first(ready):
         assert "waiting" in second.stdout.readline()
         assert second.poll() is None
     assert "nothing to install" in second.communicate()[0]
+
+
+# -- setup.sh --browser ----------------------------------------------------------------------------
+
+APT = """#!/usr/bin/env bash
+echo "apt-get $*" >>"$CALLS"
+exit "${APT_FAILS:-0}"
+"""
+
+
+def as_root(sandbox: Sandbox) -> None:
+    sandbox.add_tool("apt-get", APT)
+    sandbox.add_tool("id", "#!/usr/bin/env bash\necho 0\n")
+
+
+def browser_calls(sandbox: Sandbox) -> list[str]:
+    return sandbox.calls("apt-get", "-m playwright")
+
+
+def test_no_browser_is_looked_for_unless_asked(sandbox):
+    assert sandbox.run("setup.sh").returncode == 0
+    assert browser_calls(sandbox) == []
+
+
+@pytest.mark.parametrize("name", ["chromium", "chromium-browser", "google-chrome",
+                                  "google-chrome-stable"])
+def test_an_installed_browser_is_used(ready, name):
+    as_root(ready)
+    ready.add_tool(name, "#!/usr/bin/env bash\necho Chromium 140\n")
+    result = ready.run("setup.sh", "--browser")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("nothing to install.\n") and browser_calls(ready) == []
+
+
+def test_a_browser_fetched_before_is_used(ready):
+    as_root(ready)
+    assert ready.run("setup.sh", "--browser", FETCHED="1").returncode == 0
+    assert browser_calls(ready) == []
+
+
+def test_root_installs_the_browser_of_the_distribution(ready):
+    as_root(ready)
+    assert ready.run("setup.sh", "--browser").returncode == 0
+    assert browser_calls(ready) == [
+        "apt-get update",
+        "apt-get install -y --no-install-recommends chromium fonts-noto-cjk",
+    ]
+
+
+@pytest.mark.parametrize("why", ["not root", "apt-get fails", "an empty shell"])
+def test_else_playwright_fetches_one(ready, why):
+    as_root(ready)
+    if why == "not root":
+        ready.add_tool("id", "#!/usr/bin/env bash\necho 1000\n")
+    elif why == "an empty shell":
+        ready.add_tool("chromium-browser", "#!/usr/bin/env bash\necho needs snap >&2; exit 10\n")
+    assert ready.run("setup.sh", "--browser", APT_FAILS="100").returncode == 0
+    assert browser_calls(ready)[-1] == "-m playwright install chromium"
+
+
+def test_without_any_browser_it_says_what_to_install_and_the_next_run_goes_on(sandbox):
+    sandbox.add_tool("id", "#!/usr/bin/env bash\necho 1000\n")
+    failed = sandbox.run("setup.sh", "--browser", PLAYWRIGHT_FAILS="getaddrinfo ENOTFOUND")
+    assert failed.returncode == 1
+    assert "failed: browser for the tests" in failed.stderr
+    assert "sudo apt install chromium" in failed.stderr
+    assert "ENOTFOUND" in (sandbox.root / ".venv/setup.log").read_text()
+    sandbox.calls()
+    assert sandbox.run("setup.sh", "--browser").returncode == 0  # and the rest is kept
+    assert sandbox.calls("-m ") == ["-m playwright install chromium"]
 
 
 # -- quickstart.sh ---------------------------------------------------------------------------------
