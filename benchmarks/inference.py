@@ -114,7 +114,7 @@ def llama_cpp(file: Path) -> Callable[[int, int, int], None]:
     import numpy as np
 
     threads = torch.get_num_threads()
-    llama.llama_log_set(SILENT := llama.llama_log_callback(lambda *_: None), None)
+    silent = hush(llama)
     model = llama.llama_model_load_from_file(
         str(file).encode(), llama.llama_model_default_params())
     settings = llama.llama_context_default_params()
@@ -139,7 +139,7 @@ def llama_cpp(file: Path) -> Callable[[int, int, int], None]:
             for i, (*_, wanted) in enumerate(tokens) if wanted
         ]
 
-    def run(batch: int, length: int, new_tokens: int, silent=SILENT) -> None:
+    def run(batch: int, length: int, new_tokens: int, silent=silent) -> None:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         tokens = decode([(token, i, sequence, i == length - 1) for sequence in range(batch)
                          for i, token in enumerate(prompt(length))])
@@ -148,6 +148,13 @@ def llama_cpp(file: Path) -> Callable[[int, int, int], None]:
                              for sequence, token in enumerate(tokens)])
 
     return run
+
+
+def hush(llama):
+    """Make llama.cpp keep its log to itself, as long as what is returned lives."""
+    silent = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(silent, None)
+    return silent
 
 
 def prompt(length: int) -> list[int]:
@@ -223,11 +230,13 @@ def prepare(settings: Settings) -> dict[str, Path]:
     if not files["q4"].exists():
         model = load_model(files["bf16"], dtype=torch.bfloat16)[0]
         save_gguf(model, tokenizer, folder, "bf16")
+        silent = hush(llama)
         wanted = llama.llama_model_quantize_default_params()
         wanted.ftype = llama.LLAMA_FTYPE_MOSTLY_Q4_0
         if llama.llama_model_quantize(*(str(files[name]).encode() for name in ("gguf", "q4")),
                                       wanted):
             raise RuntimeError(f"llama.cpp could not quantize {files['gguf']}")
+        del silent
     return files
 
 
