@@ -295,17 +295,26 @@ def test_the_repetition_penalty_is_model_chats(engine, shipped):
     model, tokenizer = shipped
     settings = lmdeploy_pipeline.Settings(
         temperature=0, repetition_penalty=1.8, max_new_tokens=40)
-    questions = ["写一个Python函数，求两个数的和。", "你是谁", "李白是谁？他是哪个朝代的人？", "你喜欢吃什么"]
+    questions = ["写一个Python函数，求两个数的和。" * 3, "你是谁", "李白是谁？他是哪个朝代的人？", "你喜欢吃什么"]
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = [encode_conversation(tokenizer, chat) for chat in chats]
     responses = engine(chats, gen_config=[
-        lmdeploy_pipeline.sampling(settings, len(prompt)) for prompt in prompts])
+        lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts])
     strong, none = (
         [list(generate_tokens(model, prompt, max_new_tokens=40, temperature=0,
                               repetition_penalty=penalty)) for prompt in prompts]
         for penalty in (1.8, 1)
     )
     assert [response.token_ids for response in responses] == strong != none
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("prompt", [[1], [1, 7, 1, 8], [7, 8]])
+def test_what_follows_the_prompt(padding, prompt):
+    written = [1, 9, 1] if len(prompt) > 1 else [9, 1]
+    ids = torch.tensor([1] * padding + prompt + written)
+    assert lmdeploy_pipeline.after_prompt(ids, prompt).tolist() == written
+    assert not len(lmdeploy_pipeline.after_prompt(ids[: -len(written)], prompt))
 
 
 def test_an_answer_that_is_broken_off_is_remembered_and_stops(engine, shipped):
