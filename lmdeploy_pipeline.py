@@ -31,6 +31,7 @@ from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
 
 model = "Yuanmeng_Models/yuanmeng-26m-instruct"
+PADDING = 1  # <s>
 
 
 @dataclass
@@ -125,16 +126,12 @@ def sampling(settings: Settings, prompt: Sequence[int]):
 
 
 def after_prompt(ids_S: torch.Tensor, prompt: Sequence[int]) -> torch.Tensor:
-    """What a sequence has written so far, of the ids that LMDeploy shows a logits processor: in
-    front it fills up the shorter sequences of a batch, with <s>, as prompts themselves begin."""
+    """What a sequence has written so far, of the ids that LMDeploy shows a logits processor.
 
-    def run(ids: torch.Tensor) -> int:
-        """How often the first of `ids_S` stands at the beginning."""
-        others = (ids != ids_S[0]).nonzero()
-        return int(others[0]) if len(others) else len(ids)
-
-    padding = run(ids_S) - run(torch.tensor(prompt))
-    return ids_S[padding + len(prompt) :]
+    To make the sequences of a batch equally long it puts <s> before them, and also between what
+    they had and what they write once others have joined: so <s> says nothing, wherever it stands.
+    """
+    return ids_S[ids_S != PADDING][sum(token != PADDING for token in prompt) :]
 
 
 def check(response: Any) -> None:

@@ -308,13 +308,23 @@ def test_the_repetition_penalty_is_model_chats(engine, shipped):
     assert [response.token_ids for response in responses] == strong != none
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("prompt", [[1], [1, 7, 1, 8], [7, 8]])
-def test_what_follows_the_prompt(padding, prompt):
-    written = [1, 9, 1] if len(prompt) > 1 else [9, 1]
-    ids = torch.tensor([1] * padding + prompt + written)
-    assert lmdeploy_pipeline.after_prompt(ids, prompt).tolist() == written
-    assert not len(lmdeploy_pipeline.after_prompt(ids[: -len(written)], prompt))
+def test_the_repetition_penalty_of_a_sequence_that_joins_others(engine, shipped):
+    """LMDeploy then fills up its ids behind the prompt too, between it and the answer."""
+    model, tokenizer = shipped
+    settings = lmdeploy_pipeline.Settings(
+        temperature=0, repetition_penalty=1.8, max_new_tokens=40)
+    chats = [[{"role": "user", "content": text}]
+             for text in ("写一个Python函数，求两个数的和。" * 3, "李白是谁？他是哪个朝代的人？")]
+    prompts = [encode_conversation(tokenizer, chat) for chat in chats]
+    gen_configs = [lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts]
+    first = engine.stream_infer([chats[0]], gen_config=gen_configs[:1])
+    texts = [next(first).text]
+    answer = engine(chats[1], gen_config=gen_configs[1])
+    texts += [response.text for response in first]
+    expected = [list(generate_tokens(model, prompt, max_new_tokens=40, temperature=0,
+                                     repetition_penalty=1.8)) for prompt in prompts]
+    assert answer.token_ids == expected[1]
+    assert "".join(texts) == tokenizer.decode(expected[0])
 
 
 def test_an_answer_that_is_broken_off_is_remembered_and_stops(engine, shipped):
