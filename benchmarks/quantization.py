@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 import patches
@@ -40,7 +38,7 @@ from model.export import save_llama
 from model.loading import load_model, load_tokenizer
 from model.scoring import Checkpoint, windows
 from training.files import atomic_write
-from training.measurement import Score
+from training.measurement import Score, grouped
 from training.report_card import Difference, compare, show_p
 from training.settings import option, parse_settings
 from training.significance import bootstrap_interval, holm
@@ -60,7 +58,7 @@ class Settings:
     limit: int = option(0, "items per task and source of texts at most (0: all)")
     seed: int = option(42, "of the items drawn and of the tests")
     max_new_tokens: int = option(96, "longest reply")
-    batch_size: int = option(32, "sequences at a time")
+    batch_size: int = option(64, "sequences at a time; above 64 rows 4-bit weights use no kernel")
     threads: int = option(2, "CPU threads")
     output: str = option("out/quantization.md", "the tables")
 
@@ -252,6 +250,7 @@ def measure_engine(variant: Variant, settings: Settings, tasks: dict) -> Variant
     finally:
         checkpoint.close()
         gc.collect()
+    print(f"{variant.name}: {variant.scores[TOTAL].value:.4f} bits per byte", flush=True)
     return variant
 
 
@@ -278,12 +277,17 @@ def quantize(settings: Settings, folder: str) -> None:
 
 # ---- Tables --------------------------------------------------------------------------------------
 
+def add_all_choices(variant: Variant, tasks: dict[str, list[dict]]) -> None:
+    """All multiple-choice items together: differences that are too small for 300 items to show."""
+    names = [name for name, items in tasks.items() if items[0]["kind"] == "choice"]
+    values = [value for name in names for value in variant.scores[name].values]
+    variant.scores["all choices"] = Score("all choices", values)
+
+
 def all_differences(variants: Sequence[Variant], seed: int) -> list[dict[str, Difference]]:
     """Of each variant to the first one, Holm's correction being made for all of them together."""
-    kept = {name: score for name, score in variants[0].scores.items()
-            if name == TOTAL or not score.sizes}
-    found = [compare(list(kept.values()), list(variant.scores.values()), seed)
-             for variant in variants[1:]]
+    kept = [score for name, score in variants[0].scores.items() if name == TOTAL or not score.sizes]
+    found = [compare(kept, list(variant.scores.values()), seed) for variant in variants[1:]]
     every = [difference for differences in found for difference in differences.values()]
     for difference, adjusted in zip(every, holm([one.p for one in every]), strict=True):
         difference.adjusted = adjusted
@@ -301,51 +305,69 @@ def perplexity_change(
     return change, low, high
 
 
-def make_tables(variants: Sequence[Variant], tokens: dict[str, list[int]], seed: int) -> dict:
-    """Rows, the header first, of each table by its title."""
-    first, *others = variants
-    names = [name for name, score in first.scores.items() if not score.sizes]
-    memory = [["", "weights on disk, MB", "weights in memory, MB", "cache, bytes a token"]]
-    texts = [["", "bits per byte", "perplexity of a token", "change", "95 % interval", "p (Holm)"]]
-    rates = [["", *names]]
-    sources = [["", *(name.removeprefix("bits per byte: ") for name in tokens)]]
-    for variant, differences in zip(variants, [None, *all_differences(variants, seed)], strict=True):
-        memory.append([variant.name, f"{variant.file_bytes / 1e6:.1f}",
-                       f"{variant.weights_bytes / 1e6:.1f}", f"{variant.cache_bytes:,.0f}"])
+def memory_rows(variants: Sequence[Variant]) -> list[list[str]]:
+    return [["", "weights on disk, MB", "weights in memory, MB", "cache, bytes a token"]] + [
+        [one.name, f"{one.file_bytes / 1e6:.1f}", f"{one.weights_bytes / 1e6:.1f}",
+         f"{one.cache_bytes:,.0f}"] for one in variants
+    ]
+
+
+def text_rows(
+    variants: Sequence[Variant], differences: Sequence[dict], tokens: dict, seed: int
+) -> list[list[str]]:
+    rows = [["", "bits per byte", "perplexity of a token", "change", "95 % interval", "p (Holm)"]]
+    first = variants[0].scores[TOTAL]
+    for variant, difference in zip(variants, [None, *differences], strict=True):
         total = variant.scores[TOTAL]
         nats = math.log(2) * sum(total.values) / sum(tokens[TOTAL])
-        row, rate_row = [variant.name, f"{total.value:.4f}", f"{math.exp(nats):.3f}"], [variant.name]
-        if differences is None:
-            row += ["", "", ""]
-            rate_row += [first.scores[name].show(first.scores[name].value) for name in names]
-        else:
-            change, low, high = perplexity_change(first.scores[TOTAL], total, tokens[TOTAL], seed)
-            row += [f"{change:+.2f} %", f"{low:+.2f} – {high:+.2f} %",
-                    show_p(differences[TOTAL].adjusted)]
-            rate_row += [f"{difference.second.show(difference.second.value)} "
-                         f"({difference.change.removesuffix(' points')}, "
-                         f"p {show_p(difference.adjusted)})"
-                         for difference in map(differences.get, names)]
-            sources.append([variant.name, *(
-                f"{perplexity_change(first.scores[name], variant.scores[name], own, seed)[0]:+.2f} %"
-                for name, own in tokens.items())])
-        texts.append(row)
-        rates.append(rate_row)
-    return {
-        "Memory": memory,
-        "Held-out texts": texts,
-        "Rates (in brackets: difference in points, p by McNemar and Holm)": rates,
-        "Change of perplexity by source": sources,
-    }
+        row = [variant.name, f"{total.value:.4f}", f"{math.exp(nats):.2f}", "", "", ""]
+        if difference:
+            change, low, high = perplexity_change(first, total, tokens[TOTAL], seed)
+            row[3:] = [f"{change:+.2f} %", f"{low:+.2f} – {high:+.2f} %",
+                       show_p(difference[TOTAL].adjusted)]
+        rows.append(row)
+    return rows
+
+
+def rate_rows(variants: Sequence[Variant], differences: Sequence[dict]) -> list[list[str]]:
+    names = [name for name, score in variants[0].scores.items() if not score.sizes]
+    rows = [["", *(f"{name} ({len(variants[0].scores[name].values)})" for name in names)]]
+    for variant, difference in zip(variants, [None, *differences], strict=True):
+        row = [variant.name]
+        for score in map(variant.scores.get, names):
+            p = difference and difference[score.name].adjusted
+            shown = f" ({show_p(p)})" if p is not None and p < 1 else ""
+            row.append(f"{score.value:.1%}{shown}")
+        rows.append(row)
+    return rows
+
+
+def source_rows(variants: Sequence[Variant], tokens: dict, seed: int) -> list[list[str]]:
+    rows = [["", *(variant.name for variant in variants[1:])]]
+    for name, own in tokens.items():
+        first = variants[0].scores[name]
+        changes = (perplexity_change(first, variant.scores[name], own, seed)[0]
+                   for variant in variants[1:])
+        rows.append([name.removeprefix("bits per byte: "), *(f"{x:+.2f} %" for x in changes)])
+    return rows
+
+
+def token_counts(tasks: dict[str, list[dict]], tokenizer) -> dict[str, list[int]]:
+    """Tokens of each text, by the name of the score that they belong to."""
+    texts = [item for items in tasks.values() for item in items if item["kind"] == "text"]
+    counts = [len(encode_text(tokenizer, item["text"])) for item in texts]
+    own = grouped(texts, "source").items()
+    return {f"bits per byte: {source}": [counts[i] for i in places] for source, places in own} | {
+        TOTAL: counts}
 
 
 def main() -> None:
     settings = parse_settings(Settings)
     torch.set_num_threads(settings.threads)
-    patches.register()
     try:
         tasks = {name: draw(items, settings.limit, settings.seed)
                  for name, items in read_tasks(Path(settings.data)).items()}
+        patches.register()
         with tempfile.TemporaryDirectory() as folder:
             awq = settings.awq or folder
             if settings.awq is None:
@@ -358,29 +380,30 @@ def main() -> None:
                     Variant("KV int8", settings.model, "bfloat16", 8),
                     Variant("KV int4", settings.model, "bfloat16", 4),
                     Variant("W4A16", awq, "bfloat16"),
-                    Variant("W4A16, KV int8", awq, "bfloat16", 8),
                     Variant("W4A16, KV int4", awq, "bfloat16", 4),
                 )),
             ]
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.quantization: {error}")
     assert_cache_is_read(variants)
-    tokenizer = load_tokenizer(settings.model, TOKENIZER_DIR)
-    lengths = [(item["source"], len(encode_text(tokenizer, item["text"])))
-               for items in tasks.values() for item in items if item["kind"] == "text"]
-    tokens = {f"bits per byte: {source}": [n for own, n in lengths if own == source]
-              for source in sorted({source for source, _ in lengths})}
-    tokens[TOTAL] = [n for _, n in lengths]
-    tables = make_tables(variants, tokens, settings.seed)
+    for variant in variants:
+        add_all_choices(variant, tasks)
+    tokens = token_counts(tasks, load_tokenizer(settings.model, TOKENIZER_DIR))
+    differences = all_differences(variants, settings.seed)
+    tables = {
+        "Memory": memory_rows(variants),
+        f"Held-out texts ({len(tokens[TOTAL])}, {sum(tokens[TOTAL]):,} tokens)": text_rows(
+            variants, differences, tokens, settings.seed),
+        "Rates (number of items; in brackets p by McNemar and Holm, where below 1)": rate_rows(
+            variants, differences),
+        "Change of perplexity by source": source_rows(variants, tokens, settings.seed),
+    }
     with atomic_write(settings.output, "w") as file:
         for title, (header, *rows) in tables.items():
-            screen = Table(*header, title=title)
-            file.write(f"\n**{title}**\n\n")
-            for row in (header, ["---"] * len(header), *rows):
-                file.write(f"| {' | '.join(row)} |\n")
-            for row in rows:
-                screen.add_row(*row)
-            Console().print(screen)
+            lines = [f"**{title}**", ""]
+            lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+            file.write("\n".join(lines) + "\n\n")
+            print("\n".join(lines), flush=True)
     print(f"Tables: {settings.output}")
 
 
