@@ -246,7 +246,7 @@ if "$python" -c "$has_lmdeploy"; then
     header Ⅷ 量化 Quantization
     if [ "$quantized/$last" -nt "$model/$last" ]; then
         skip "Quantization" "$quantized is newer than $model"
-    else # of calibration text an eighth of the usual: four times as fast, and no worse here
+    else # an eighth of the usual text: a quarter of the time for 0.5 % more bits per byte
         run "Quantization" python lmdeploy_cli.py lite auto_awq "$model" --work-dir "$quantized" \
             --calib-samples 16
     fi
