@@ -13,7 +13,7 @@ Next: lmdeploy_cli.py (quantization and serving)
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
 
 model = "Yuanmeng_Models/yuanmeng-26m-instruct"
-PADDING = 0  # fills up the shorter sequences of a batch; no text contains it
+PADDING = 1  # <s>
 
 
 @dataclass
@@ -80,7 +80,7 @@ class EngineChat:
             # Leaving this loop in any way also makes the engine stop working on the answer.
             for response in self.pipe.chat(
                 self.messages, session=self.pipe.session(), stream_response=True,
-                gen_config=sampling(self.settings, len(ids)),
+                gen_config=sampling(self.settings, ids),
             ):
                 check(response)
                 first = first or time.perf_counter()
@@ -104,16 +104,15 @@ def opening(settings: Settings) -> list[dict[str, str]]:
     return [{"role": "system", "content": settings.system}] if settings.system else []
 
 
-def sampling(settings: Settings, prompt_length: int):
-    """model_chat.py's settings in LMDeploy's terms, for a prompt of so many tokens."""
+def sampling(settings: Settings, prompt: Sequence[int]):
+    """model_chat.py's settings in LMDeploy's terms, for a prompt of these tokens."""
     from lmdeploy import GenerationConfig
 
     def penalize(ids_S: torch.Tensor, logits_V: torch.Tensor) -> torch.Tensor:
         """LMDeploy's own repetition_penalty learns of a token one step too late, when it may have
         been said twice; what it hands to a function of one's own is up to date."""
-        ids = ids_S[ids_S != PADDING]
         generated_V = torch.zeros_like(logits_V, dtype=torch.bool)
-        generated_V[ids[prompt_length:]] = True
+        generated_V[after_prompt(ids_S, prompt)] = True
         return penalize_repetition(logits_V, generated_V, settings.repetition_penalty)
 
     return GenerationConfig(
@@ -124,6 +123,15 @@ def sampling(settings: Settings, prompt_length: int):
         top_k=0,  # LMDeploy would cut at 50 tokens
         logits_processors=[penalize] if settings.repetition_penalty != 1 else None,
     )
+
+
+def after_prompt(ids_S: torch.Tensor, prompt: Sequence[int]) -> torch.Tensor:
+    """What a sequence has written so far, of the ids that LMDeploy shows a logits processor.
+
+    To make the sequences of a batch equally long it puts <s> before them, and also between what
+    they had and what they write once others have joined: so <s> says nothing, wherever it stands.
+    """
+    return ids_S[ids_S != PADDING][sum(token != PADDING for token in prompt) :]
 
 
 def check(response: Any) -> None:
@@ -150,7 +158,7 @@ def answer_all(
     start = time.perf_counter()
     responses = pipe(
         [messages for _, messages in fitted],
-        gen_config=[sampling(settings, len(ids)) for ids, _ in fitted],
+        gen_config=[sampling(settings, ids) for ids, _ in fitted],
     )
     seconds = time.perf_counter() - start
     for question, response in zip(questions, responses, strict=True):

@@ -28,8 +28,11 @@ class Checkpoint:
         FileNotFoundError, WeightsError: there is no whole model, or no tokenizer that fits it.
     """
 
-    def __init__(self, path: str | Path, batch_size: int, device: str = "cpu"):
-        self.model, self.name = load_yuanmeng_or_llama(path, device=device)
+    def __init__(
+        self, path: str | Path, batch_size: int, device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.name = load_yuanmeng_or_llama(path, dtype=dtype, device=device)
         own = self.model.config.model_type == "yuanmeng"
         self.tokenizer = load_tokenizer(path, TOKENIZER_DIR if own else path)
         self.source, self.batch_size = str(path), batch_size

@@ -295,17 +295,36 @@ def test_the_repetition_penalty_is_model_chats(engine, shipped):
     model, tokenizer = shipped
     settings = lmdeploy_pipeline.Settings(
         temperature=0, repetition_penalty=1.8, max_new_tokens=40)
-    questions = ["写一个Python函数，求两个数的和。", "你是谁", "李白是谁？他是哪个朝代的人？", "你喜欢吃什么"]
+    questions = ["写一个Python函数，求两个数的和。" * 3, "你是谁", "李白是谁？他是哪个朝代的人？", "你喜欢吃什么"]
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = [encode_conversation(tokenizer, chat) for chat in chats]
     responses = engine(chats, gen_config=[
-        lmdeploy_pipeline.sampling(settings, len(prompt)) for prompt in prompts])
+        lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts])
     strong, none = (
         [list(generate_tokens(model, prompt, max_new_tokens=40, temperature=0,
                               repetition_penalty=penalty)) for prompt in prompts]
         for penalty in (1.8, 1)
     )
     assert [response.token_ids for response in responses] == strong != none
+
+
+def test_the_repetition_penalty_of_a_sequence_that_joins_others(engine, shipped):
+    """LMDeploy then fills up its ids behind the prompt too, between it and the answer."""
+    model, tokenizer = shipped
+    settings = lmdeploy_pipeline.Settings(
+        temperature=0, repetition_penalty=1.8, max_new_tokens=40)
+    chats = [[{"role": "user", "content": text}]
+             for text in ("写一个Python函数，求两个数的和。" * 3, "李白是谁？他是哪个朝代的人？")]
+    prompts = [encode_conversation(tokenizer, chat) for chat in chats]
+    gen_configs = [lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts]
+    first = engine.stream_infer([chats[0]], gen_config=gen_configs[:1])
+    texts = [next(first).text]
+    answer = engine(chats[1], gen_config=gen_configs[1])
+    texts += [response.text for response in first]
+    expected = [list(generate_tokens(model, prompt, max_new_tokens=40, temperature=0,
+                                     repetition_penalty=1.8)) for prompt in prompts]
+    assert answer.token_ids == expected[1]
+    assert "".join(texts) == tokenizer.decode(expected[0])
 
 
 def test_an_answer_that_is_broken_off_is_remembered_and_stops(engine, shipped):

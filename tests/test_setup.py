@@ -54,6 +54,27 @@ case "$*" in
         echo weights >"out/${stage}_256.pth"
         ;;
     model_chat.py*) echo "answer to $(cat)" ;;
+    convert_to_transformers.py*) mkdir -p "$5" && echo {} >"$5/tokenizer_config.json" ;;
+    *'find_spec("lmdeploy")'*) exit "${NO_LMDEPLOY:-0}" ;;
+    lmdeploy_pipeline.py*) echo "the engine's answer to $(cat)" ;;
+    "lmdeploy_cli.py lite auto_awq "*) mkdir -p "$6" && echo {} >"$6/tokenizer_config.json" ;;
+    *socket.create_server*) echo 23334 ;;
+    "lmdeploy_cli.py serve "*)
+        echo "$$" >"$CALLS.server"
+        case "${SERVER:-}" in
+            ends) echo "no such model" && exit 1 ;;
+            mute) ;;
+            stubborn) trap '' TERM && echo up >"$CALLS.up" ;;
+            *) echo up >"$CALLS.up" ;;
+        esac
+        while true; do sleep 0.1; done
+        ;;
+    "- http://127.0.0.1:23334/v1") [ -e "$CALLS.up" ] ;;
+    "- http://127.0.0.1:23334/v1 "*)
+        if [ "${SERVER:-}" = forgetful ]; then exit 1; fi
+        if [ -n "${HANGS:-}" ]; then echo waiting && while true; do sleep 0.1; done; fi
+        echo "the server's answer to $3"
+        ;;
 esac
 """
 
@@ -350,19 +371,51 @@ def trainings(sandbox: Sandbox) -> list[str]:
 def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
     result = ready.run("quickstart.sh")
     assert result.returncode == 0, result.stderr
-    assert ready.calls("-m dataset", "train_", "model_chat") == [
+    folder = "Yuanmeng_Models/yuanmeng-mini-instruct"
+    shown_again = [
+        *["model_chat.py --preset mini --temperature 0"] * 3,
+        f"lmdeploy_pipeline.py --model {folder} --temperature 0",
+        f"lmdeploy_cli.py serve api_server {folder}-w4a16-4bit --quant-policy 4 "
+        "--chat-template chat_templates.json --server-port 23334",
+    ]
+    calls = ready.calls("-m dataset", "train_", "model_chat", "convert", "lmdeploy")
+    assert sorted(calls) == sorted([
         "-m dataset.starter",
         "train_pretrain.py --preset mini --max_minutes 6",
         "train_sft.py --preset mini --max_minutes 4",
-        *["model_chat.py --preset mini --temperature 0"] * 3,
-    ]
+        f"convert_to_transformers.py --model out/sft_256.pth --output_dir {folder}",
+        f"lmdeploy_cli.py lite auto_awq {folder} --work-dir {folder}-w4a16-4bit "
+        "--calib-samples 16",
+        *shown_again,
+    ])
     assert "$ python train_pretrain.py --preset mini --max_minutes 6" in result.stdout
     assert "answer to 你是谁" in result.stdout and "Peak memory" in result.stdout
+    assert "the engine's answer to 你是谁" in result.stdout
+    assert "the server's answer to 你是谁" in result.stdout
+    assert not is_running(ready)
 
     again = ready.run("quickstart.sh")
     assert again.returncode == 0
-    assert ready.calls("-m dataset", "train_") == []
-    assert again.stdout.count("Finished before") == 4
+    calls = ready.calls("-m dataset", "train_", "model_chat", "convert", "lmdeploy")
+    assert sorted(calls) == sorted(shown_again)
+    assert again.stdout.count("Finished before") == 6
+
+
+def test_newer_weights_are_exported_and_quantized_anew(ready):
+    assert ready.run("quickstart.sh").returncode == 0
+    ready.calls()
+    (ready.root / "out/sft_256.pth").write_text("trained by hand")
+    assert ready.run("quickstart.sh").returncode == 0
+    assert [call.split()[:2] for call in ready.calls("convert", "lmdeploy_cli.py lite")] == [
+        ["convert_to_transformers.py", "--model"], ["lmdeploy_cli.py", "lite"]]
+
+
+def test_where_lmdeploy_is_missing_the_model_is_exported_all_the_same(ready):
+    result = ready.run("quickstart.sh", NO_LMDEPLOY="1")
+    assert result.returncode == 0 and "need Linux on x86-64" in result.stdout
+    assert len(ready.calls("convert")) == 1
+    assert "Export" in result.stdout.split("Peak memory")[1]
+    assert not (ready.root / "out/server.log").exists()
 
 
 def test_quickstart_prefers_modelscope_files(ready):
@@ -428,6 +481,58 @@ def test_ctrl_c_ends_the_flow_although_the_trainer_ends_well(ready):
     trainings(ready)
     assert ready.run("quickstart.sh").returncode == 0
     assert trainings(ready)[0].endswith("--resume")
+
+
+def is_running(sandbox: Sandbox) -> bool:
+    """Whether the stand-in for the server is; its own process id is taken from its first line."""
+    number = int(sandbox.calls_file.with_name("calls.txt.server").read_text())
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("server, message", [
+    ("ends", "the server ended before it answered"),
+    ("mute", "the server does not answer"),
+    ("forgetful", "the server did not answer the question"),
+])
+def test_a_server_that_fails_is_reported_and_stopped(ready, server, message):
+    failed = ready.run("quickstart.sh", SERVER=server, QUICKSTART_PATIENCE="1")
+    assert failed.returncode == 1 and message in failed.stderr
+    assert "out/server.log" in failed.stderr and "bash quickstart.sh" in failed.stderr
+    assert "By hand:  python lmdeploy_cli.py serve api_server" in failed.stderr
+    assert ("no such model" in failed.stderr) == (server == "ends")
+    assert not is_running(ready)
+    ready.calls()
+    assert ready.run("quickstart.sh").returncode == 0  # and nothing that was finished is repeated
+    assert ready.calls("train_", "convert", "lmdeploy_cli.py lite") == []
+
+
+def test_a_server_that_will_not_end_is_killed(ready):
+    assert ready.run("quickstart.sh", SERVER="stubborn").returncode == 0
+    assert not is_running(ready)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_server_is_left_behind(ready, number):
+    """To the whole group as a terminal does it, in which the server ignores SIGINT."""
+    assert ready.run("quickstart.sh").returncode == 0
+    ready.calls_file.with_name("calls.txt.up").unlink()  # or it would take the next one for up
+    flow = subprocess.Popen(
+        ["bash", str(ready.root / "quickstart.sh")], start_new_session=True, text=True,
+        env=ready.environment(HANGS="1"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while "waiting" not in (line := flow.stdout.readline()):
+        assert line
+    assert is_running(ready)
+    os.killpg(flow.pid, number)
+    _, errors = flow.communicate()
+    # Whichever the script hears of first, the signal or that the question was not answered.
+    assert flow.returncode != 0 and "stage Ⅷ" in errors and "bash quickstart.sh" in errors
+    assert not is_running(ready)
 
 
 # -- benchmarks/peak_memory.py ---------------------------------------------------------------------
