@@ -50,6 +50,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
         default="auto", help="auto: bfloat16 where the processor computes in it"
     )
+    eager: bool = HfArg(default=False, help="do not compile the step that writes a token")
     stats: bool = HfArg(default=False, help="print the speed after each answer")
 
 
@@ -212,6 +213,7 @@ def start_engine(path: Path, settings: Settings, max_prompt: int):
         dtype=settings.dtype,
         max_batch_size=settings.batch_size,
         session_len=max_prompt + settings.max_new_tokens,
+        eager_mode=settings.eager,
         enable_prefix_caching=True,  # what an earlier turn has read is not read again
     )
     return pipeline(str(path), backend_config=engine, log_level="ERROR")

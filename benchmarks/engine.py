@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 import patches
+from benchmarks.quantization import cache_per_token, weights_in_memory
 from model import MINI_DIR, TOKENIZER_DIR
 from model.loading import WeightsError, choose_dtype, load_model, load_tokenizer
 from training.settings import option, parse_settings
@@ -45,14 +46,9 @@ def main() -> None:
             quant_policy=settings.quant_policy,
         ),
     )
-    network = pipe.async_engine.engine.executor.model_agent.patched_model.get_model()
-    held = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
-    held -= network.output.weight.numel() * network.output.weight.element_size()  # tied
-    held += sum(module.impl.num_bytes() for module in network.modules()
-                if hasattr(getattr(module, "impl", None), "num_bytes"))
-    plan = pipe.async_engine.engine.executor.model_agent.block_cache_plan
     print(f"{settings.model}, {dtype}, KV policy {settings.quant_policy}, {device}: weights "
-          f"{held / 1e6:.1f} MB, {plan.logical_block_nbytes / 64:.0f} bytes of cache a token")
+          f"{weights_in_memory(pipe) / 1e6:.1f} MB, {cache_per_token(pipe):.0f} bytes of cache a "
+          "token")
     try:
         reference = load_model(settings.model, dtype=dtype, device=device)[0]
     except WeightsError:  # quantized: transformers does not run it here

@@ -94,6 +94,13 @@ def remarks() -> list[str]:
     if default_device() == "cpu" and shutil.which("nvidia-smi"):
         found.append("nvidia-smi is here, but torch finds no GPU: `bash setup.sh --gpu` installs "
                      "the CUDA build")
+    import torch
+
+    from training.hardware import can_compile
+
+    if not can_compile(torch.device(default_device())):
+        found.append("no C++ compiler: a step is run operator by operator, several times slower; "
+                     "Debian: `sudo apt install g++`")
     return found
 
 
