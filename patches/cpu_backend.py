@@ -25,6 +25,7 @@ from lmdeploy.pytorch.backends.attention import (
 from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.default.cache import DefaultCacheBackend
+from lmdeploy.pytorch.backends.linear import LinearBuildSpec
 from lmdeploy.pytorch.backends.norm import RMSNormBuildSpec, RMSNormImpl
 from lmdeploy.pytorch.backends.rotary_embedding import (
     RopeType,
@@ -36,7 +37,7 @@ from lmdeploy.pytorch.model_inputs import StepContext
 
 from model.step import Slots, open_slots
 
-from .cpu_linear import CpuLinearW4A16
+from .cpu_linear import CpuLinear, CpuLinearW4A16
 
 BLOCK = 64  # queries
 QUANTIZED_BITS = {QuantPolicy.INT8: 8, QuantPolicy.INT4: 4}
@@ -55,6 +56,8 @@ class CpuBackend(DefaultOpsBackend):
             return CpuAttention(spec)
         if isinstance(spec, RMSNormBuildSpec):
             return CpuRMSNorm(spec.hidden_size, spec.eps)
+        if isinstance(spec, LinearBuildSpec):
+            return CpuLinear()
         if isinstance(spec, LinearW4A16BuildSpec):
             return CpuLinearW4A16(spec)
         if isinstance(spec, SiluAndMulBuildSpec):
