@@ -276,9 +276,9 @@ def causal_attention(
     for q_KGnE in q_KGNE.split(BLOCK, dim=2):
         n = q_KGnE.shape[2]
         end = L - N + n + sum(y.shape[2] for y in outputs)
-        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).float().unflatten(1, (-1, n))
+        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).unflatten(1, (-1, n))
         scores_KGnl[..., end - n :].masked_fill_(future[:n, :n], float("-inf"))
-        weights = scores_KGnl.softmax(-1).to(v_KLE.dtype).flatten(1, 2)
+        weights = scores_KGnl.softmax(-1).flatten(1, 2)  # float32 inside
         outputs.append((weights @ v_KLE[:, :end]).unflatten(1, (-1, n)))
     return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -391,5 +391,10 @@ class CpuApplyRotary(ApplyRotaryEmbImpl):
 
 
 def rotate(x_NHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x_NHE.chunk(2, dim=-1)
-    return x_NHE * cos + torch.cat((-second, first), dim=-1) * sin
+    """x · cos + (-second, first) · sin, half by half; both halves of a table are equal."""
+    y_NHE = x_NHE * cos
+    half = x_NHE.shape[-1] // 2
+    sin = sin[..., :half]
+    y_NHE[..., :half].addcmul_(x_NHE[..., half:], sin, value=-1)
+    y_NHE[..., half:].addcmul_(x_NHE[..., :half], sin)
+    return y_NHE
