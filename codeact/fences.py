@@ -136,7 +136,7 @@ def in_string(lines: list[str]) -> bool:
     try:
         list(tokenize.generate_tokens(iter([f"{line}\n" for line in lines] + [""]).__next__))
     except tokenize.TokenError as error:
-        return "string" in error.args[0]
+        return bool(re.search("multi-line string|triple-quoted", error.args[0]))
     except SyntaxError:  # an indentation that fits nothing: the code will not run anyway
         return False
     return False

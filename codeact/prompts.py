@@ -65,6 +65,10 @@ LAST_STEP = {
     "en": "No more code can be run for this question: answer now with what is known.",
     "zh": "这个问题不能再运行代码了：请根据已知的内容直接回答。",
 }
+STEP_LIMIT = {
+    "en": "I have run code {steps} times and found no answer; the step limit ends the attempt here.",
+    "zh": "已运行 {steps} 次代码，仍没有得到答案；到达步数上限，就此停止。",
+}
 
 
 def system_prompt(tools: Sequence, language: str = "en", short: bool = False) -> str:
