@@ -93,10 +93,12 @@ def chat_model(
     )
 
 
-def explain(base_url: str, error: Exception) -> str:
-    """A client's error in one line: what, where, what next."""
+def explain(base_url: str, error: Exception, begun: bool = False) -> str:
+    """A client's error in one line: what, where, what next; begun: after a part of the answer."""
     if isinstance(error, openai.APITimeoutError):
         return f"{base_url} has been silent for too long; is the server overloaded?"
+    if begun and isinstance(error, (openai.APIConnectionError, OSError)):
+        return f"{base_url} broke off in the middle of its answer; look at the server's log"
     if isinstance(error, openai.APIConnectionError):
         return f"nothing answers at {base_url}; start the server there, or correct --base-url"
     if isinstance(error, openai.APIStatusError):
@@ -106,6 +108,4 @@ def explain(base_url: str, error: Exception) -> str:
         return f"{base_url} answers with status {error.status_code}: {text}"
     if isinstance(error, openai.APIError):
         return f"{base_url} reports: {' '.join(str(error.message).split())[:200]}"
-    if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
-        return f"{base_url} broke off its answer ({type(error).__name__}); is the server running?"
     return f"{base_url} does not answer as an OpenAI-style endpoint ({type(error).__name__})"

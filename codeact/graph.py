@@ -108,9 +108,10 @@ class Nodes:
             except (openai.APIError, OSError) as error:
                 if isinstance(error, openai.BadRequestError):
                     raise
+                reason = explain(self.base_url(), error, begun=bool(pieces))
                 if wait is None or not worth_repeating(error):
-                    raise EndpointError(explain(self.base_url(), error)) from error
-                writer(Event("retry", explain(self.base_url(), error), step))
+                    raise EndpointError(reason) from error
+                writer(Event("retry", reason, step))
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -123,6 +124,7 @@ class Nodes:
             observation = await self.sandbox.run(code, conversation)
         except BaseException:
             await asyncio.shield(self.sandbox.end(conversation))
+            self.has_run.discard(conversation)
             raise
         if conversation not in self.has_run:  # a conversation from a file, in a new process
             self.has_run.add(conversation)
