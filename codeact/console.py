@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from model.terminal import note
+from training.terminal import note
 
 from .agents import Agents, language_of
 from .context import ContextFull
@@ -79,7 +79,7 @@ class Run:
 
 
 class AgentChat:
-    """A conversation with the agent, for `model.terminal.talk`.
+    """A conversation with the agent, for `training.terminal.talk`.
 
     The event loop has a thread of its own: the sandbox is looked after while the user types, and
     Ctrl-C ends a run as it ends any other call.
@@ -94,6 +94,7 @@ class AgentChat:
     def clear(self) -> None:
         """Forget the conversation, its variables included."""
         self.loop.run(self.agents.sandbox.end(self.thread()))
+        self.agents.has_run.discard(self.thread())
         self.cleared += 1
 
     def thread(self) -> str:
@@ -118,7 +119,7 @@ class AgentChat:
             run.seconds = round(time.perf_counter() - start, 3)
             self.keep(self.runs)
         steps = sum(event["kind"] == "observation" for event in run.events)
-        return f"{steps} pieces of code, {run.seconds:.2f} s"
+        return f"code was run {steps} times; {run.seconds:.2f} s in all"
 
     async def follow(self, run: Run, screen: Screen) -> None:
         start = time.perf_counter()
