@@ -201,7 +201,7 @@ def test_shortened_text_has_both_ends_and_the_wanted_length(text, room):
 @pytest.mark.parametrize("text", ["你是谁？", "def f(x):\n    return x * log(x)\n",
                                   "What is the sum of the primes below 1000?", "2.144729885888985"])
 def test_the_estimate_is_of_the_right_size(text):
-    assert 0.6 <= estimate_tokens(text) / own_tokens()(text) <= 2
+    assert 0.6 <= estimate_tokens(text) / own_tokens()(text) <= 3
 
 
 # ---- Graph ---------------------------------------------------------------------------------------
