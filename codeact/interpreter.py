@@ -61,9 +61,11 @@ class Interpreter:
                 "tools": [tool.shipped() for tool in self.tools.values()],
             })
             first = asyncio.ensure_future(process.read())
-            await asyncio.wait({first}, timeout=limits.start_seconds)
-            if not first.done():
+            try:
+                await asyncio.wait({first}, timeout=limits.start_seconds)
+            finally:
                 first.cancel()
+            if not first.done():
                 raise SandboxError(f"a sandbox process was not ready after "
                                    f"{limits.start_seconds:g} s; is this computer very busy?")
             message = first.result()

@@ -40,7 +40,7 @@ class Process:
 
     def __init__(self, second_layer: bool, line_limit: int):
         self.nonce = secrets.token_hex(16)
-        self.reason = "the process ended"  # what `read` raises once it has
+        self.reason = "the step ended its process"  # what `read` raises once it has
         folders = {"pyodide": RUNTIME / "pyodide", "built": RUNTIME / "built", "runner": RUNNER}
         deno, info = find_deno(), None
         prefix, descriptors = [], ()
@@ -175,7 +175,7 @@ def bubblewrap(deno: str, folders: dict[str, Path], info: int) -> list[str]:
     """The command that runs another in namespaces of its own: no network, no other processes, and
     of the file system only the system's libraries, Deno and `folders`, all read-only."""
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL",
-               "--info-fd", str(info), "--ro-bind", deno, "/deno"]
+               "--info-fd", str(info), "--proc", "/proc", "--ro-bind", deno, "/deno"]
     for name in ("/usr", "/lib", "/lib64", "/nix/store"):
         command += ["--ro-bind-try", name, name]
     for name, folder in folders.items():

@@ -26,12 +26,20 @@ async function load(settings) {
   ({ interrupt, state, reply } = settings);
   limit = settings.output;
   capMemory(settings.memory);
-  const { loadPyodide } = await import("file://" + encodeURI(settings.pyodide) + "/pyodide.mjs");
+  const folder = "file://" + encodeURI(settings.pyodide);
+  const { loadPyodide } = await import(folder + "/pyodide.mjs");
+  const { default: create } = await import(folder + "/pyodide.asm.mjs");
   const python = await loadPyodide({
     indexURL: settings.pyodide + "/",
     checkAPIVersion: false,
     env: { HOME: "/home/pyodide", PYTHONHASHSEED: "0" },
     _loadSnapshot: settings.snapshot,
+    createPyodideModule: async (options) => {
+      const module = await create(options);
+      // Grows the memory to what the snapshot takes, which then overwrites it, malloc's notes too.
+      module._malloc(settings.snapshot.length);
+      return module;
+    },
   });
   const write = (bytes) => {
     if (written.size < limit) written.chunks.push(bytes.slice(0, limit));
