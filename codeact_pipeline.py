@@ -23,7 +23,8 @@ from transformers.hf_argparser import HfArg
 from codeact.agents import Agents
 from codeact.console import AgentChat, Run, running_loop
 from codeact.endpoint import find_served
-from codeact.sandbox import Sandbox
+from codeact.install import InstallError
+from codeact.sandbox import Sandbox, SandboxError
 from training.files import atomic_write
 from training.settings import parse_settings
 from training.terminal import note, talk, use_utf8
@@ -140,7 +141,7 @@ def main() -> None:
             talk(chat, mark="🤖:\n")
         except sqlite3.Error as error:
             sys.exit(f"codeact_pipeline.py: {settings.checkpoints}: {error}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SandboxError, InstallError) as error:
             sys.exit(f"codeact_pipeline.py: {error}")
         except KeyboardInterrupt:
             sys.exit(130)

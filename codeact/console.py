@@ -14,6 +14,7 @@ from .agents import Agents, language_of
 from .context import ContextFull
 from .endpoint import EndpointError
 from .graph import Event, ask
+from .sandbox import SandboxError
 
 WIDTH = 80
 TITLE = " System Message "
@@ -107,7 +108,7 @@ class AgentChat:
         self.runs.append(run)
         try:
             self.loop.run(self.follow(run, Screen(show)))
-        except (EndpointError, ContextFull) as error:
+        except (EndpointError, ContextFull, SandboxError) as error:
             run.error = str(error)
             if not sys.stdin.isatty() or self.settings.question is not None:
                 raise
