@@ -26,6 +26,7 @@ class Screen:
 
     def __init__(self, show: Callable[[str], None]):
         self.show, self.held = show, ""
+        self.forgotten = ""  # as it was last said
 
     def write(self, text: str) -> None:
         text = self.held + text
@@ -46,7 +47,8 @@ class Screen:
             self.held = ""
             self.show("\n")
             note(f"{event.text}; asking again")
-        elif event.kind == "forgotten":
+        elif event.kind == "forgotten" and event.text != self.forgotten:
+            self.forgotten = event.text
             note(f"the context is full: {event.text} earlier messages were left out")
 
 
@@ -137,35 +139,39 @@ class Loop:
     """An event loop in a thread, with calls that Ctrl-C can end."""
 
     def __init__(self):
-        self.loop = asyncio.new_event_loop()
+        self.ready = threading.Event()
+
+    async def live(self) -> None:
+        """Run until `left` is set; asyncio.run then ends what is still going on."""
+        self.loop, self.left = asyncio.get_running_loop(), asyncio.Event()
+        self.ready.set()
+        await self.left.wait()
 
     def run(self, coroutine: Coroutine) -> Any:
-        """The coroutine's result. Ctrl-C cancels it, and returns when it has ended."""
-        ended = threading.Event()
+        """The coroutine's result. Ctrl-C cancels it, and is raised when it has ended."""
+        async def start() -> asyncio.Task:
+            return asyncio.create_task(coroutine)
 
-        async def watched() -> Any:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(watched(), self.loop)
+        task = asyncio.run_coroutine_threadsafe(start(), self.loop).result()
+        ended = asyncio.run_coroutine_threadsafe(asyncio.wait([task]), self.loop)
         try:
-            return future.result()
+            ended.result()
         except KeyboardInterrupt:
-            future.cancel()
-            ended.wait()
+            self.loop.call_soon_threadsafe(task.cancel)
+            ended.result()
             raise
+        return task.result()
 
 
 @contextmanager
 def running_loop() -> Iterator[Loop]:
+    """A loop that runs, and has ended all that is in it when this is left."""
     loop = Loop()
-    thread = threading.Thread(target=loop.loop.run_forever, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(loop.live()), daemon=True)
     thread.start()
+    loop.ready.wait()
     try:
         yield loop
     finally:
-        loop.loop.call_soon_threadsafe(loop.loop.stop)
+        loop.loop.call_soon_threadsafe(loop.left.set)
         thread.join()
-        loop.loop.close()

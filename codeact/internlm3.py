@@ -1,11 +1,11 @@
-"""Fetch InternLM3-8B, the model that the agent's example was made for: `python -m codeact.internlm3`.
+"""Fetch InternLM3-8B, the model of the specification's example: `python -m codeact.internlm3`.
 
 Out:  Shanghai_AI_Laboratory/internlm3-8b-instruct-awq, 4-bit weights for LMDeploy from ModelScope.
 Next: python lmdeploy_cli.py serve api_server Shanghai_AI_Laboratory/internlm3-8b-instruct-awq \\
           --quant-policy 4 --trust-remote-code
 
-An interrupted download goes on where it was; the SDK checks sizes and SHA-256. A mirror or a private
-hub: set MODELSCOPE_ENDPOINT. `local_dir` and not the specification's `cache_dir='./'`: today's SDK
+An interrupted download goes on where it was; the SDK checks sizes and SHA-256. A mirror or a
+private hub: set MODELSCOPE_ENDPOINT. `local_dir` and not the specification's `cache_dir='./'`: today's SDK
 would put the files into models/…--…/snapshots/master, where the command above does not look.
 """
 import shutil

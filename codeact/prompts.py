@@ -66,7 +66,7 @@ LAST_STEP = {
     "zh": "这个问题不能再运行代码了：请根据已知的内容直接回答。",
 }
 STEP_LIMIT = {
-    "en": "I have run code {steps} times and found no answer; the step limit ends the attempt here.",
+    "en": "I have run code {steps} times without an answer; the step limit ends the attempt here.",
     "zh": "已运行 {steps} 次代码，仍没有得到答案；到达步数上限，就此停止。",
 }
 

@@ -35,9 +35,9 @@ FUNCTION = "def f():\n    return 1"
     "fence in a line of code": ('```python\ns = "```"\nprint(s)\n```', 's = "```"\nprint(s)'),
     "escapes stay": ("```python\nprint('a\\nb')\n```", "print('a\\nb')"),
     "think": (f"<think>\n```python\nbad\n```\n</think>\n```python\n{CODE}\n```", CODE),
-    "think with an open fence": (f"<think>\n```python\nbad\n</think>\n```python\n{CODE}\n```", CODE),
+    "think, open fence": (f"<think>\n```python\nbad\n</think>\n```python\n{CODE}\n```", CODE),
     "think in one line": (f"<think>hm</think>```python\n{CODE}\n```", CODE),
-    "think opened by the template": (f"```python\nbad\n```\n</think>\n```python\n{CODE}\n```", CODE),
+    "think by the template": (f"```python\nbad\n```\n</think>\n```python\n{CODE}\n```", CODE),
     "the same, fence left open": (f"```python\nbad\n</think>\n```python\n{CODE}\n```", CODE),
     "think inside the code": ("```python\nx = '<think>'\n```", "x = '<think>'"),
     "execute": (f"<execute>\n{CODE}\n</execute>", CODE),
@@ -70,7 +70,8 @@ def test_content_in_parts_is_read_and_reasoning_is_not():
     assert code_of([]) is None
 
 
-LINES = st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="`~<'\"")))
+LINES = st.lists(st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="`~<'\"")))
 
 
 @given(LINES, LINES, st.sampled_from(sorted(LANGUAGES)), st.sampled_from(["```", "~~~~"]))

@@ -81,7 +81,7 @@ class Workshop:
                     conversation.steps += event.kind == "observation"
                     now = time.monotonic()
                     conversation.seconds = now - start
-                    # Pieces may wait for the next one; what comes before a long run of code may not.
+                    # Pieces may wait for the next one; what precedes a long run of code may not.
                     if event.kind != "token" or now - shown_at >= SECONDS_BETWEEN_UPDATES:
                         shown_at = now
                         yield transcript.messages
