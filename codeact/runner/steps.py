@@ -63,7 +63,7 @@ def plain(value):
         if hasattr(value, method) and not isinstance(value, type):
             return kind(value)
     name = getattr(value, "__name__", type(value).__name__)
-    raise TypeError(f"tools take only data (numbers, text, lists, dicts), and {name} is none")
+    raise TypeError(f"tools take only data (numbers, text, lists, dicts), and {name} is not")
 
 
 def error_of(kind: str, message: str) -> Exception:
@@ -127,6 +127,7 @@ def prepare(tools: str, limit: int, recursion: int, packages: str, seed: str) ->
             exec(compile(tool["source"], file, "exec", dont_inherit=True), main.__dict__)
         else:
             main.__dict__[tool["name"]] = stub(tool["name"], tool["description"])
+    os.environ.pop("_", None)  # a path of the host
     os.chdir("/home/pyodide")
 
 
