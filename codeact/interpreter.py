@@ -5,9 +5,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codeact.install import InstallError, check_installed
 from codeact.limits import Limits
 from codeact.process import Process, ProcessEnded, has_second_layer
+from codeact.runtime import InstallError, check_installed
 from codeact.tools import Tool, ToolFailure
 
 TICK = 0.05  # seconds between two looks at the clock and the memory

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from codeact.install import RUNTIME, find_deno
+from codeact.runtime import RUNTIME, find_deno
 
 RUNNER = Path(__file__).parent / "runner"
 # No prompt, no configuration, no download; and no folder in which a cache or localStorage of one
