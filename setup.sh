@@ -70,9 +70,13 @@ elif [ -z "$profile" ]; then
 fi
 
 # The stamp holds all that decides what is installed, so that any change of it installs anew.
-wanted() { printf '%s\n' "profile $profile" && cat requirements.txt setup.sh; }
+wanted() {
+    printf '%s\n' "profile $profile"
+    cat requirements.txt setup.sh codeact/runtime.py codeact/runner/build.js
+}
 complete=
-if wanted | cmp -s - "$venv/stamp" && "$python" -c '' 2>/dev/null; then
+if wanted | cmp -s - "$venv/stamp" && "$python" -c '' 2>/dev/null &&
+    [ -e codeact/.runtime/installed.json ]; then
     say "Set-up is complete (profile: $profile); nothing to install."
     [ -n "$browser" ] || exit 0
     complete=1
@@ -91,6 +95,8 @@ explain() { # explain LOG: turn a failed step's output into what to do next
         say "The disk is full: free 4 GB for the CPU profile, 20 GB for the GPU's (df -h .)."
     elif grep -q "$no_browser" "$1"; then
         say "Install Chromium or Google Chrome yourself. Debian: sudo apt install chromium"
+    elif grep -q '^codeact.install: ' "$1"; then
+        sed -n 's/^codeact.install: //p' "$1"
     elif grep -qiE "$unreachable" "$1"; then
         say "The package index cannot be reached. Behind a proxy set HTTPS_PROXY; to use a mirror:"
         say "PIP_INDEX_URL=https://your.mirror/simple bash setup.sh"
@@ -230,6 +236,7 @@ if can_run "$python" 'import importlib.util as u, sys; sys.exit(not u.find_spec(
 fi
 step "check that it all loads" "$python" -c "import $modules"
 step "check Deno" "$venv/bin/deno" --version
+step "the agent's sandbox" "$python" -m codeact.install
 
 wanted >"$venv/stamp.new" && mv "$venv/stamp.new" "$venv/stamp"
 "$python" - "$profile" <<'PYTHON'

@@ -39,6 +39,10 @@ case "$*" in
         if [ -n "${PIP_FAILS:-}" ]; then echo "$PIP_FAILS" && exit 1; fi
         ;;
     "-m benchmarks.peak_memory "*) shift 2 && exec "$REAL_PYTHON" benchmarks/peak_memory.py "$@" ;;
+    "-m codeact.install")
+        if [ -n "${SANDBOX_FAILS:-}" ]; then echo "$SANDBOX_FAILS" && exit 1; fi
+        mkdir -p codeact/.runtime && echo {} >codeact/.runtime/installed.json
+        ;;
     "-m dataset.starter")
         mkdir -p dataset
         for name in pretrain sft eval; do echo '{}' >"dataset/${name}_starter.jsonl"; done
@@ -88,9 +92,10 @@ class Sandbox:
         self.calls_file = folder / "calls.txt"
         self.root.mkdir()
         self.fakes.mkdir()
-        for name in ["setup.sh", "quickstart.sh", "requirements.txt", "benchmarks/peak_memory.py"]:
+        for name in ["setup.sh", "quickstart.sh", "requirements.txt", "benchmarks/peak_memory.py",
+                     "codeact/runtime.py", "codeact/runner/build.js"]:
             target = self.root / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(ROOT / name, target)
         tokenizer = self.root / "model" / "yuanmeng_tokenizer" / "tokenizer.json"
         tokenizer.parent.mkdir(parents=True)
@@ -267,6 +272,22 @@ def test_a_failure_names_step_log_and_remedy_and_the_next_run_goes_on(sandbox, o
     again = sandbox.run("setup.sh")
     assert again.returncode == 0 and "nothing to install" not in again.stdout
     assert len(sandbox.installs()) >= 2
+
+
+def test_a_failure_of_the_sandboxs_step_is_told_in_its_own_words(sandbox):
+    line = "npm's registry cannot be reached; NPM_CONFIG_REGISTRY names a mirror"
+    result = sandbox.run("setup.sh", "--cpu", SANDBOX_FAILS=f"codeact.install: {line}")
+    assert result.returncode == 1 and "failed: the agent's sandbox" in result.stderr
+    assert f"  {line}\n" in result.stderr and "Traceback" not in result.stderr
+    sandbox.calls()
+    assert sandbox.run("setup.sh").returncode == 0
+    assert len(sandbox.calls("-m codeact.install")) == 1
+
+
+def test_a_sandbox_that_was_deleted_is_set_up_again(ready):
+    shutil.rmtree(ready.root / "codeact/.runtime")
+    assert ready.run("setup.sh").returncode == 0
+    assert len(ready.calls("-m codeact.install")) == 1
 
 
 def test_no_recent_python_says_how_to_get_one(sandbox):
