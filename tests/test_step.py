@@ -1,6 +1,5 @@
 """The compiled step: against transformers' Llama, and against the network that it repeats."""
 import math
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,6 @@ from model.cache import KVCache
 from model.export import llama_config, llama_state
 from model.generation import generate_tokens, sample
 from model.step import DecodeStep, OneSequence, empty_caches, step_weights
-from patches import cpu_linear
 
 CONFIG = dict(vocab_size=300, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
@@ -163,36 +161,3 @@ def test_the_nucleus_is_the_same_with_and_without_sorting_everything(spread):
 def test_on_a_gpu_or_without_linux_nothing_is_built(network, monkeypatch):
     monkeypatch.setattr(type(network), "device", torch.device("cuda"))
     assert OneSequence.build(network, say=sys.exit) is None
-
-
-def test_a_released_team_is_gone_and_comes_again():
-    """In a process of its own, whose threads are all known."""
-    code = """
-import psutil, torch
-from patches.cpu_threads import release_team
-
-torch.set_num_threads(3)
-a = torch.ones(1 << 20)
-before = psutil.Process().num_threads()
-for _ in range(2):
-    assert a.exp().sum() > 0
-    assert psutil.Process().num_threads() == before + 2
-    release_team()
-    assert psutil.Process().num_threads() == before
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not cpu_linear.can_pack(torch.bfloat16), reason="no bfloat16 instructions here")
-@pytest.mark.parametrize("rows", [1, 2, 33])
-def test_a_packed_matrix_is_the_same_matrix_until_it_changes(rows):
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(1, rows, 96, generator=generator).bfloat16()
-    linear = cpu_linear.CpuLinear()
-    for _ in range(2):
-        weight = torch.randn(80, 96, generator=generator).bfloat16()
-        linear.update_weights(weight)
-        expected = x.double() @ weight.double().t()
-        torch.testing.assert_close(
-            linear.forward(x, weight).double(), expected, rtol=1e-2, atol=1e-1)
