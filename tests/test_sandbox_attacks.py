@@ -72,14 +72,15 @@ def alone():
     async def attack(steps, seconds):
         observations = [await sandbox.run(code, "attacker", seconds) for code in steps]
         await sandbox.end("attacker")
+        attacks.append(steps)
         after = await sandbox.run("count += 1\ngreet(str(count))", "other")
-        assert after.error is None and after.output.startswith("'hello ")
+        assert after.error is None and after.output == f"'hello {len(attacks)}'\n"
         return observations
 
+    attacks = []
     sandbox = loop.run_until_complete(opened())
     loop.run_until_complete(sandbox.run("count = 0", "other"))
     yield lambda *steps, seconds=1: loop.run_until_complete(attack(steps, seconds))
-    assert loop.run_until_complete(sandbox.run("count > 10", "other")).output == "True\n"
     loop.run_until_complete(sandbox.close())
     loop.close()
     left = {child.pid for child in psutil.Process().children(recursive=True)
