@@ -58,9 +58,14 @@ class Sandbox:
     async def __aexit__(self, *_) -> None:
         await self.close()
 
-    async def run(self, code: str, conversation: str = "default") -> Observation:
+    async def run(self, code: str, conversation: str = "default",
+                  seconds: float | None = None) -> Observation:
         """Execute a step of a conversation; the variables of its earlier steps are there.
 
+        Args:
+            code: Python, as in a cell of a notebook.
+            conversation: whose step it is.
+            seconds: the step's limit, if not `limits.seconds`.
         Raises:
             SandboxError: no process could be started; the message says why.
             asyncio.CancelledError: the process is gone then, and with it the variables.
@@ -81,7 +86,7 @@ class Sandbox:
                 raise SandboxError("the conversation was ended before its step began")
             entry.lost = False
             try:
-                observation = await entry.interpreter.run(code)
+                observation = await entry.interpreter.run(code, seconds)
             except BaseException:
                 self.drop(entry)
                 raise
