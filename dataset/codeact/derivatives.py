@@ -1,16 +1,17 @@
 """Derivatives by the tool `derivative(f, x)`, of functions written as in mathematics."""
 import random
+import re
 
 from .functions import Builder, Part, Point, derivative_at, draw_point
-from .kinds import KINDS, Task, held_out
+from .kinds import KINDS, Task
 
 TOOL = "derivative"
 OWN_FUNCTION, OWN_POINT = "x * log(x)", "pi"  # the specification's question
 
 
-def is_own(function: Part, points: list[Point]) -> bool:
+def is_own(function: Part, v: str, points: list[Point]) -> bool:
     """Whether this is the specification's function at its point: in no training row."""
-    return function.python == OWN_FUNCTION and any(p.python == OWN_POINT for p in points)
+    return key(function, v) == OWN_FUNCTION and any(p.python == OWN_POINT for p in points)
 
 
 def drawn(rng: random.Random, v: str, count: int) -> tuple[Part, list[Point], list[float]]:
@@ -21,7 +22,7 @@ def drawn(rng: random.Random, v: str, count: int) -> tuple[Part, list[Point], li
             points = [draw_point(rng) for _ in range(count)]
             slopes = [derivative_at(function, point) for point in points]
             if None not in slopes and len({p.python for p in points}) == count:
-                if not is_own(function, points):
+                if not is_own(function, v, points):
                     return function, points, slopes
 
 
@@ -29,12 +30,17 @@ def definition(function: Part, v: str) -> str:
     return f"from math import *\n\ndef f({v}):\n    return {function.python}\n\n"
 
 
+def key(function: Part, v: str) -> str:
+    """What a function is held out by, whatever its variable is called."""
+    return re.sub(rf"\b{v}\b", "x", function.python)
+
+
 def own_task(function: Part, point: Point, v: str, slope: float, head: str) -> Task:
     """The task of one function at one point."""
     return Task(
         {"F": head + function.written, "w": function.written, "v": v, "p": point.written},
         definition(function, v) + f"print(derivative(f, {point.python}))",
-        numbers=(slope,), key=function.python.replace(v, "x") if v == "t" else function.python,
+        numbers=(slope,), key=key(function, v),
         state={"f": function, "v": v},
     )
 
@@ -59,7 +65,7 @@ def derivatives(rng: random.Random, language: str, state: dict) -> Task:
     return Task(
         {"F": f"f(x)={function.written}", "w": function.written, "v": "x", "k": k,
          "points": separator.join(p.written for p in points)},
-        code, numbers=tuple(round(slope, k) for slope in slopes), key=function.python,
+        code, numbers=tuple(round(slope, k) for slope in slopes), key=key(function, "x"),
         state={"f": function, "v": "x"},
     )
 
@@ -74,10 +80,10 @@ def speed(rng: random.Random, language: str, state: dict) -> Task:
 def then_at(rng: random.Random, language: str, state: dict) -> Task | None:
     function, v, point = state["f"], state["v"], draw_point(rng)
     slope = derivative_at(function, point)
-    if slope is None or is_own(function, [point]):
+    if slope is None or is_own(function, v, [point]):
         return None
     return Task({"v": v, "p": point.written}, f"print(derivative(f, {point.python}))",
-                numbers=(slope,), key=function.python, state=state)
+                numbers=(slope,), key=key(function, v), state=state)
 
 
 @KINDS.add("derivative", needs="f", weight=1.5)
@@ -86,9 +92,4 @@ def then_value(rng: random.Random, language: str, state: dict) -> Task | None:
     if derivative_at(function, point) is None:
         return None
     return Task({"v": v, "p": point.written}, f"print(f({point.python}))",
-                numbers=(float(function.at(point.value)),), key=function.python, state=state)
-
-
-def own_question_is_held_out() -> bool:
-    """x·ln x may be a function that training sees at other points."""
-    return held_out(OWN_FUNCTION)
+                numbers=(float(function.at(point.value)),), key=key(function, v), state=state)
