@@ -7,7 +7,8 @@ a learner needs the whole list: which file, which line, what is wrong with it.
     pretrain   {"text": "..."}
     sft        {"conversations": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
 
-Other keys are allowed and ignored.
+Other keys are allowed and ignored, but for `"learn": false` in an assistant's message, which is
+then read and not learnt (`dataset/rows.py`).
 """
 import codecs
 import glob

@@ -155,7 +155,8 @@ def encode_conversation(messages: list[dict], tokenizer: PreTrainedTokenizerFast
                         ) -> tuple[list[int], list[int]]:
     """Render a conversation by the tokenizer's chat template; return (ids, loss), equally long.
 
-    loss is 1 on the content of the assistant's messages and the `</s>` that ends each. Text never
+    loss is 1 on the content of the assistant's messages and the `</s>` that ends each, but for
+    messages with `"learn": false`: mistakes, which are there for what follows them. Text never
     turns into special tokens: a `</s>` that someone wrote is four ordinary characters.
     """
     return _encoder(tokenizer).conversations([messages])[0]
@@ -224,7 +225,7 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
         elif part >= 0:  # the content of a message
             message = messages[part]
             if message["role"] == "assistant":
-                pieces += [(text, 0), (message["content"], 1)]
+                pieces += [(text, 0), (message["content"], learnt(message))]
                 text = ""
             else:
                 text += message["content"]
@@ -235,6 +236,11 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
             text = ""
     pieces.append((text, 0))
     return [piece for piece in pieces if piece[0] != ""]
+
+
+def learnt(message: dict) -> int:
+    """1 if the model is to learn to say this."""
+    return int(message["role"] == "assistant" and message.get("learn", True) is not False)
 
 
 @lru_cache(maxsize=1000)
@@ -390,8 +396,7 @@ def _conversations(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, r
                 counts["shortened"] += 1
                 messages = messages[:ends[fitting - 1]]
                 ids, loss = encoder.conversations([messages])[0]
-            target_bytes = sum(
-                len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+            target_bytes = sum(len(m["content"].encode()) for m in messages if learnt(m))
             documents.append(Document(line, np.array(ids, np.uint16), np.array(loss, np.uint8),
                                       target_bytes, _hash(content.encode())))
         yield from sorted(documents, key=lambda document: -len(document.ids))
