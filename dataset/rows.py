@@ -132,6 +132,52 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
     return rows
 
 
+class Interleaved:
+    """The rows of several arrays as one, mixed evenly, without a copy of them all."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        # Row i of n stands at (i + ½) / n of its array, and there in the whole.
+        places = np.concatenate([(np.arange(len(a)) + 0.5) / max(1, len(a)) for a in arrays])
+        order = np.argsort(places, kind="stable")
+        self.owner = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])[order]
+        self.row = np.concatenate([np.arange(len(a)) for a in arrays])[order]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, indices: int | np.ndarray) -> np.ndarray:
+        owner, row = self.owner[indices], self.row[indices]
+        found = np.empty((*np.shape(indices), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
+        for number, array in enumerate(self.arrays):
+            mine = owner == number
+            found[mine] = array[row[mine]]
+        return found
+
+
+def join_rows(first: PackedRows, second: PackedRows, share: float | None = None) -> PackedRows:
+    """The rows of two data files as one set.
+
+    `share` is the most that `second` may have of the rows to train on; what is over is left out.
+    """
+    used = len(second.train)
+    if share is not None:
+        used = min(used, round(len(first.train) * share / (1 - share)))
+    sides = {}
+    for side in ("train", "heldout"):
+        a, b = getattr(first, side), getattr(second, side)
+        part = used / max(1, len(b)) if side == "train" else 1.0
+        length = used if side == "train" else len(b)
+        arrays = {name: Interleaved((getattr(a, name), getattr(b, name)[:length]))
+                  for name in ARRAYS}
+        sides[side] = RowSet(**arrays, num_tokens=a.num_tokens + round(part * b.num_tokens),
+                             target_bytes=a.target_bytes + round(part * b.target_bytes))
+    meta = {**first.meta, "data_path": f"{first.meta['data_path']} + {second.meta['data_path']}"}
+    sources = {**first.sources, "data": f"{first.sources['data']}+{second.sources['data']}@{used}"}
+    return PackedRows(sides["train"], sides["heldout"], meta,
+                      Path(f"{first.path.name}+{second.path.name}@{used}"), sources)
+
+
 def cache_key(data_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str,
               row_length: int) -> tuple[str, dict[str, str]]:
     """Hash everything that the rows depend on (the data file by its content).

@@ -90,22 +90,18 @@ async def written(settings: Settings, sandbox: Sandbox, tally: Tally) -> AsyncIt
                    "family": conversation.turns[0].kind.family}
 
 
-async def measured(settings: Settings, sandbox: Sandbox, tally: Tally) -> list[dict]:
-    """The evaluation items: held-out conversations whose answer does not stand in a question."""
-    found: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
-    conversations = evaluation(settings.seed, settings.evaluation)
+async def measured(settings: Settings, sandbox: Sandbox, split: str) -> list[dict]:
+    """The evaluation items of a split: held-out tasks whose answer does not stand in a question."""
+    items: dict[str, dict] = {}
+    conversations = evaluation(settings.seed, split)
     async with aclosing(verified(conversations, sandbox, tools, settings.workers)) as results:
         async for conversation, parts in results:
             item = item_of(conversation)
-            key = json.dumps(item["questions"])
-            if isinstance(parts, WrongTask):
-                tally.dropped[conversation.turns[0].kind.name] += 1
-            elif (len(found[conversation.split]) < settings.evaluation and key not in seen
-                    and not answered_by_question(item)):
-                seen.add(key)
-                found[conversation.split].append(item)
-    return list(itertools.chain(*found.values()))
+            if not isinstance(parts, WrongTask) and not answered_by_question(item):
+                items[json.dumps(item["questions"])] = item
+            if len(items) == settings.evaluation:
+                break
+    return list(items.values())
 
 
 def item_of(conversation: Conversation) -> dict:
@@ -157,7 +153,7 @@ async def build(settings: Settings) -> tuple[Tally, int]:
                                          f"most of them of {tally.dropped.most_common(3)}")
             bar.close()
         if settings.eval_output != "none":
-            items = await measured(settings, sandbox, Tally())
+            items = [item for split in SPLITS for item in await measured(settings, sandbox, split)]
             num_items = len(items)
             with atomic_write(settings.eval_output, "w") as file:
                 file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)

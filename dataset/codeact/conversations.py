@@ -3,6 +3,7 @@
 What a conversation holds depends on its number and the seed alone, so that many can be made at once
 and in any order.
 """
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,15 +158,10 @@ def with_mistake(turn: Turn, rng: random.Random) -> Turn:
     return Turn(turn.kind, turn.task, turn.question, turn.answer, broken(turn.task, rng))
 
 
-def evaluation(seed: int, per_split: int) -> Iterator[Conversation]:
-    """Held-out conversations: `per_split` of each split, all kinds in turn, half in each language."""
+def evaluation(seed: int, split: str) -> Iterator[Conversation]:
+    """Held-out conversations without end: kinds as often as in training, half in each language."""
     kinds = [kind for kind in KINDS.values() if not kind.needs and kind.family != "talk"]
-    for split in SPLITS:
-        # A kind that is drawn more often in training is asked more often here.
-        rng = random.Random(f"codeact {seed} {split}")
-        order = list(kinds)
-        order += rng.choices(kinds, [kind.weight for kind in kinds], k=per_split)
-        rng.shuffle(order)
-        for number in range(3 * per_split):  # more than needed: some are dropped
-            kind = order[number % len(order)]
-            yield make(seed, number, split, kind, LANGUAGES[number % 2])
+    rng = random.Random(f"codeact {seed} {split}")
+    for number in itertools.count():
+        kind = rng.choices(kinds, [kind.weight for kind in kinds])[0]
+        yield make(seed, number, split, kind, LANGUAGES[number % 2])

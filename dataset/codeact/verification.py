@@ -69,12 +69,8 @@ async def messages_of(
     own_tools = tools if conversation.has_tools else ()
     system = system_prompt(own_tools, conversation.prompt_language, short=True)
     parts = [[{"role": "system", "content": system}]]
-    try:
-        for turn in conversation.turns:
-            parts.append(await messages_of_turn(turn, conversation, process, first_step))
-    except WrongTask:
-        await process.end()
-        raise
+    for turn in conversation.turns:
+        parts.append(await messages_of_turn(turn, conversation, process, first_step))
     return parts
 
 
@@ -88,6 +84,7 @@ async def messages_of_turn(
     async def step(code: str, **flags) -> Observation:
         observation = await process.run(code)
         if observation.state_lost:
+            await process.end()
             raise WrongTask("the process ended")
         observation = renumbered(observation, first_step)
         text = describe_output(observation, conversation.prompt_language)
