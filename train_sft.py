@@ -33,6 +33,9 @@ class Settings(TrainSettings):
     agent_data: str | None = option(
         None, "the agent's conversations; default: dataset/codeact.jsonl if it is there; or none"
     )
+    row_length: int | None = option(
+        None, "tokens in a row; default: 512, or 1024 (and half as many rows) with the agent's"
+    )
     agent_share: float | None = option(
         None, "their share of the rows at most (0.5: as many as others); default: all of them"
     )

@@ -42,15 +42,13 @@ class TrainSettings:
     max_steps: int | None = option(None, "stop after so many steps, the schedule ending there")
     max_minutes: float | None = option(None, "stop after so long, the schedule ending there")
     batch_size: int | None = option(
-        None, "rows per step over all processes; default: 16 (mini), 32; half with rows of 1024"
+        None, "rows of 512 tokens per step over all processes; default: 16 (mini), 32"
     )
     part_rows: int | None = option(
         None, "rows that pass through the network at once; default: 4 on a CPU, all on a GPU"
     )
     accumulation_steps: int | None = option(None, "steps per update; default: 1, reference 8")
-    row_length: int | None = option(
-        None, "tokens in a row; default: 512, or 1024 with conversations of the agent"
-    )
+    row_length: int = option(512, "tokens in a row")
     warmup_steps: int = option(20, "steps over which the learning rate rises")
     decay_share: float = option(0.6, "last share of the run over which it falls to zero")
     dtype: str = option(
