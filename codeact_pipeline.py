@@ -10,7 +10,7 @@ Out:  the example below, then a conversation in this terminal; in a pipe, an ans
 """
 import dataclasses
 import json
-import os
+import sqlite3
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from transformers.hf_argparser import HfArg
 
 from codeact.agents import Agents
 from codeact.console import AgentChat, Run, running_loop
-from codeact.context import ContextFull
-from codeact.endpoint import EndpointError, find_served
-from codeact.sandbox import Sandbox
-from model.terminal import note, talk, use_utf8
+from codeact.endpoint import find_served
+from codeact.install import InstallError
+from codeact.sandbox import Sandbox, SandboxError
 from training.files import atomic_write
 from training.settings import parse_settings
+from training.terminal import note, talk, use_utf8
 
 EXAMPLE = (
     "Calculate the derivative of the function f(x)=xlnx at x=π. Please directly use the existing "
@@ -105,9 +105,12 @@ def write_trace(settings: Settings, agents: Agents, runs: list[Run]) -> None:
         "system": {language: agents.system(language) for language in sorted(languages)},
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    with atomic_write(settings.trace, "w") as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    try:
+        with atomic_write(settings.trace, "w") as file:
+            json.dump(content, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise ValueError(f"cannot write the trace {settings.trace}: {error.strerror}") from error
 
 
 def answer(chat: AgentChat, question: str) -> None:
@@ -126,6 +129,7 @@ def main() -> None:
         stack = AsyncExitStack()
         try:
             agents = loop.run(open_agents(settings, stack))
+            write_trace(settings, agents, [])  # if it cannot be written, say so before any work
             chat = AgentChat(agents, loop, settings, settings.conversation,
                              lambda runs: write_trace(settings, agents, runs))
             if settings.question is not None:
@@ -135,7 +139,9 @@ def main() -> None:
             if sys.stdin.isatty():
                 answer(chat, EXAMPLE)
             talk(chat, mark="🤖:\n")
-        except (OSError, ValueError, ContextFull, EndpointError) as error:
+        except sqlite3.Error as error:
+            sys.exit(f"codeact_pipeline.py: {settings.checkpoints}: {error}")
+        except (OSError, ValueError, SandboxError, InstallError) as error:
             sys.exit(f"codeact_pipeline.py: {error}")
         except KeyboardInterrupt:
             sys.exit(130)

@@ -34,6 +34,7 @@ class Agents:
     prompt: Literal["auto", "long", "short"] = "auto"
     checkpointer: BaseCheckpointSaver | None = None
     built: dict[str, CompiledStateGraph] = field(default_factory=dict)
+    has_run: set[str] = field(default_factory=set)  # conversations that the sandbox knows
 
     def __post_init__(self):
         small = is_small(self.served.name)
@@ -59,7 +60,7 @@ class Agents:
                 self.sandbox, system=self.system(language), max_steps=self.max_steps,
                 checkpointer=self.checkpointer, language=language,
                 room=None if self.context is None else self.context - self.max_tokens,
-                count_tokens=self.count_tokens,
+                count_tokens=self.count_tokens, has_run=self.has_run,
             )
         return self.built[language]
 

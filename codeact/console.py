@@ -8,12 +8,13 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from model.terminal import note
+from training.terminal import note
 
 from .agents import Agents, language_of
 from .context import ContextFull
 from .endpoint import EndpointError
 from .graph import Event, ask
+from .sandbox import SandboxError
 
 WIDTH = 80
 TITLE = " System Message "
@@ -79,7 +80,7 @@ class Run:
 
 
 class AgentChat:
-    """A conversation with the agent, for `model.terminal.talk`.
+    """A conversation with the agent, for `training.terminal.talk`.
 
     The event loop has a thread of its own: the sandbox is looked after while the user types, and
     Ctrl-C ends a run as it ends any other call.
@@ -94,6 +95,7 @@ class AgentChat:
     def clear(self) -> None:
         """Forget the conversation, its variables included."""
         self.loop.run(self.agents.sandbox.end(self.thread()))
+        self.agents.has_run.discard(self.thread())
         self.cleared += 1
 
     def thread(self) -> str:
@@ -106,7 +108,7 @@ class AgentChat:
         self.runs.append(run)
         try:
             self.loop.run(self.follow(run, Screen(show)))
-        except (EndpointError, ContextFull) as error:
+        except (EndpointError, ContextFull, SandboxError) as error:
             run.error = str(error)
             if not sys.stdin.isatty() or self.settings.question is not None:
                 raise
@@ -118,7 +120,7 @@ class AgentChat:
             run.seconds = round(time.perf_counter() - start, 3)
             self.keep(self.runs)
         steps = sum(event["kind"] == "observation" for event in run.events)
-        return f"{steps} pieces of code, {run.seconds:.2f} s"
+        return f"code was run {steps} times; {run.seconds:.2f} s in all"
 
     async def follow(self, run: Run, screen: Screen) -> None:
         start = time.perf_counter()

@@ -67,10 +67,10 @@ class Nodes:
     """The three nodes of the graph and the edge between them; `build_agent` has the arguments."""
 
     def __init__(self, model: BaseChatModel, sandbox, system: str, max_steps: int, language: str,
-                 room: int | None, count_tokens: Callable[[str], int]):
+                 room: int | None, count_tokens: Callable[[str], int], has_run: set[str]):
         self.model, self.sandbox, self.system, self.max_steps = model, sandbox, system, max_steps
         self.language, self.room, self.count_tokens = language, room, count_tokens
-        self.has_run: set[str] = set()  # conversations whose code this sandbox has run
+        self.has_run = has_run
 
     async def ask(self, state: State, config: RunnableConfig, writer: StreamWriter) -> State:
         """The model's next message, in which it acts or answers."""
@@ -158,6 +158,7 @@ def build_agent(
     model: BaseChatModel, sandbox, *, system: str, max_steps: int,
     checkpointer: BaseCheckpointSaver | None = None, language: str = "en",
     room: int | None = None, count_tokens: Callable[[str], int] = estimate_tokens,
+    has_run: set[str] | None = None,
 ) -> CompiledStateGraph:
     """The compiled graph; `ask` puts a question to it.
 
@@ -170,13 +171,15 @@ def build_agent(
         language: "en" or "zh": what the model is told of its code.
         room: tokens of the prompt; what is over is left out, the oldest first. None: no limit.
         count_tokens: of a text.
+        has_run: conversations whose code this sandbox has run; agents over one sandbox share it.
 
     The run raises EndpointError if the endpoint does not answer, ContextFull if the question is too
     long, both with one line.
     """
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; an agent needs at least one step")
-    nodes = Nodes(model, sandbox, system, max_steps, language, room, count_tokens)
+    nodes = Nodes(model, sandbox, system, max_steps, language, room, count_tokens,
+                  set() if has_run is None else has_run)
     graph = StateGraph(State)
     graph.add_node("ask", nodes.ask)
     graph.add_node("run", nodes.run)

@@ -12,7 +12,7 @@ from model import compilation
 from model import step as step_file
 from model.compilation import FlatFunction, compiled
 from model.step import DecodeStep, LayerWeights, StepWeights, Weight, multiply
-from model.terminal import note
+from training.terminal import note
 
 from . import cpu_backend, cpu_linear
 from .cpu_linear import CpuLinearW4A16, multiply_4_bits
