@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codeact.install import RUNTIME, check_installed
+from codeact.install import InstallError, check_installed
 from codeact.limits import Limits
 from codeact.process import Process, ProcessEnded, has_second_layer
 from codeact.tools import Tool, ToolFailure
@@ -43,7 +43,10 @@ class Interpreter:
     async def start(self) -> None:
         """Returns once the process is ready. Raises `SandboxError`."""
         limits = self.limits
-        installed = check_installed()
+        try:
+            installed = check_installed()
+        except InstallError as error:
+            raise SandboxError(str(error)) from None
         second_layer = limits.second_layer == "yes" or (
             limits.second_layer == "auto" and has_second_layer())
         if second_layer and not has_second_layer():
@@ -89,9 +92,15 @@ class Interpreter:
         if self.process is not None:
             self.process.kill()
 
-    async def run(self, code: str) -> Observation:
-        """Execute a step. Whatever it does, this returns; the process may be gone then."""
+    async def run(self, code: str, seconds: float | None = None) -> Observation:
+        """Execute a step. Whatever it does, this returns; the process may be gone then.
+
+        Args:
+            code: Python, as in a cell of a notebook.
+            seconds: its limit, if not `limits.seconds`.
+        """
         process, limits, began = self.process, self.limits, time.monotonic()
+        seconds = limits.seconds if seconds is None else seconds
         if len(code) > limits.message // 4:
             return Observation("", f"the code is longer than {limits.message // 4:,} characters",
                                False, 0.0)
@@ -109,11 +118,11 @@ class Interpreter:
                 if process.resident() > limits.resident:
                     process.end(f"MemoryError: the process took more than "
                                 f"{limits.resident >> 20} MiB and was ended")
-                elif interrupted is None and used > limits.seconds:
+                elif interrupted is None and used > seconds:
                     process.send({"kind": "interrupt", "number": self.steps})
                     interrupted = used
                 elif interrupted is not None and used > interrupted + limits.grace:
-                    process.end(f"TimeoutError: the step ran for more than {limits.seconds:g} s, "
+                    process.end(f"TimeoutError: the step ran for more than {seconds:g} s, "
                                 "could not be interrupted, and its process was ended")
             message = talk.result()
         except ProcessEnded as ending:
@@ -128,12 +137,12 @@ class Interpreter:
             output += f"\n… [cut: the step printed {message['total']:,} bytes]"
         if message["ended"]:
             process.kill()
-            error = f"the process was ended by the step: {error}"
+            error = f"the step ended its process: {error}"
         else:
             process.stop()
             if message["interrupted"] and interrupted is not None:
                 error = (error or "").rsplit("\n", 1)[0] + (
-                    f"\nTimeoutError: the step was stopped after {limits.seconds:g} s; "
+                    f"\nTimeoutError: the step was stopped after {seconds:g} s; "
                     "its variables are kept")
         return Observation(output, error, message["ended"], time.monotonic() - began)
 

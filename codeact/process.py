@@ -26,8 +26,9 @@ RUNNER = Path(__file__).parent / "runner"
 DENO_FLAGS = ["--quiet", "--no-prompt", "--no-config", "--no-lock", "--no-npm", "--no-remote",
               "--cached-only", "--no-code-cache", "--unstable-worker-options",
               "--v8-flags=--max-old-space-size=256"]
-ENVIRONMENT = {"DENO_DIR": "/dev/null/none", "DENO_NO_UPDATE_CHECK": "1", "HOME": "/nonexistent",
-               "NO_COLOR": "1", "PATH": "/usr/bin:/bin"}
+ENVIRONMENT = {"DENO_DIR": "/dev/null/none", "DENO_NO_UPDATE_CHECK": "1",
+               "DENO_WEBGPU_BACKEND": "none",  # else any code may ask the graphics driver
+               "HOME": "/nonexistent", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"}
 NOISE_LIMIT = 2**20  # bytes that the model's code may write past the protocol
 
 

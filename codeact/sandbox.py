@@ -18,6 +18,9 @@ from codeact.tools import ToolLike, make_tools
 __all__ = ["Limits", "Observation", "Sandbox", "SandboxError"]
 
 
+REMEMBERED = 10_000  # conversations without a process of which we know that they had one
+
+
 @dataclasses.dataclass
 class Conversation:
     """What the sandbox knows of one."""
@@ -26,6 +29,7 @@ class Conversation:
     interpreter: Interpreter | None = None
     lost: bool = False  # its process was ended since its last step
     used: float = 0.0  # when its last step ended
+    ended: bool = False  # by `end`, which a step may be in the middle of
 
 
 class Sandbox:
@@ -72,6 +76,9 @@ class Sandbox:
             if entry.interpreter is None:
                 self.make_room()
                 entry.interpreter = await self.ready_interpreter()
+            if entry.ended:
+                self.drop(entry)
+                raise SandboxError("the conversation was ended before its step began")
             entry.lost = False
             try:
                 observation = await entry.interpreter.run(code)
@@ -79,7 +86,7 @@ class Sandbox:
                 self.drop(entry)
                 raise
             entry.used = time.monotonic()
-            if observation.state_lost:
+            if observation.state_lost or entry.ended:
                 self.drop(entry)
                 entry.lost = False  # this observation says it already
             self.start_sweeper()
@@ -91,8 +98,10 @@ class Sandbox:
         """Forget a conversation. Its process is gone when this returns; a step that runs is cut
         short, and says that its state is lost."""
         entry = self.conversations.pop(conversation, None)
-        if entry is not None and entry.interpreter is not None:
-            entry.interpreter.kill()
+        if entry is not None:
+            entry.ended = True
+            if entry.interpreter is not None:
+                entry.interpreter.kill()
 
     async def close(self) -> None:
         """End every process; they are gone when this returns."""
@@ -100,12 +109,11 @@ class Sandbox:
         for name in list(self.conversations):
             await self.end(name)
         tasks = [task for task in (self.spare, self.sweeper) if task is not None]
+        if self.spare is not None:
+            discard(self.spare)
+        if self.sweeper is not None:
+            self.sweeper.cancel()
         self.spare = self.sweeper = None
-        for task in tasks:
-            if task.done() and not task.cancelled() and task.exception() is None:
-                if isinstance(task.result(), Interpreter):
-                    task.result().kill()
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # ---- Processes --------------------------------------------------------------------------
@@ -119,7 +127,7 @@ class Sandbox:
             try:
                 interpreter = await spare  # cancelled with us, and then ends its process
             except BaseException:
-                spare.cancel()
+                discard(spare)  # it may have become ready at that very moment
                 raise
             if not interpreter.alive:
                 interpreter = await self.new_interpreter()
@@ -142,6 +150,10 @@ class Sandbox:
 
     def make_room(self) -> None:
         """End the process that is idle longest, if there are as many as there may be."""
+        forgotten = [name for name, entry in self.conversations.items()
+                     if entry.interpreter is None and not entry.lock.locked()]
+        for name in forgotten[:-REMEMBERED]:
+            del self.conversations[name]
         living = [entry for entry in self.conversations.values() if entry.interpreter is not None]
         if len(living) < self.limits.conversations:
             return
@@ -163,3 +175,11 @@ class Sandbox:
                 if not entry.lock.locked() and idle > self.limits.idle_seconds:
                     self.drop(entry)
             await asyncio.sleep(min(self.limits.idle_seconds / 4, 10.0))
+
+
+def discard(spare: asyncio.Task[Interpreter]) -> None:
+    """End the process of a task that starts one, whether or not it is ready by now."""
+    if not spare.done():
+        spare.cancel()
+    elif not spare.cancelled() and spare.exception() is None:
+        spare.result().kill()

@@ -246,6 +246,8 @@ def from_base_tool(tool: BaseTool) -> Tool:
     """A `BaseTool`, also one of an MCP server: its arguments are checked against its schema."""
     if not tool.name.isidentifier():
         raise ValueError(f"a tool needs a name that Python code can use, not {tool.name!r}")
+    # A failure shall be an exception in the sandbox, not a text that looks like a result.
+    tool = tool.model_copy(update={"handle_tool_error": False, "handle_validation_error": False})
     schema = tool.tool_call_schema
     if not isinstance(schema, dict):
         schema = schema.model_json_schema()

@@ -47,25 +47,27 @@ const answerError = (error) => { waiting = true; answer(JSON.stringify({ error, 
 
 // ---- The worker --------------------------------------------------------------------------------
 let worker;
-try {
+function startWorker() {
   const none = { write: false, net: false, env: false, run: false, ffi: false, sys: false };
   worker = new Worker(new URL("worker.js", import.meta.url), {
     type: "module",
     deno: { permissions: { ...none, import: false, read: [settings.pyodide] } },
   });
   worker.onerror = (event) => { event.preventDefault(); fail(event.message); };
-  worker.onmessage = ({ data }) => fromWorker[data?.event]?.(data);
+  worker.onmessage = ({ data }) => {
+    if (Object.hasOwn(fromWorker, data?.event)) fromWorker[data.event](data);
+  };
+  const snapshot = Deno.readFileSync(settings.built + "/snapshot.bin");
+  const wheels = settings.wheels.map((name) => [name, Deno.readFileSync(`${settings.built}/${name}`)]);
+  const handedOver = [snapshot, ...wheels.map(([, bytes]) => bytes)].map((bytes) => bytes.buffer);
   worker.postMessage({
     kind: "load", interrupt, state, reply,
     pyodide: settings.pyodide, memory: settings.memory, output: settings.output,
     recursion: settings.recursion, packages: settings.packages,
     tools: JSON.stringify(settings.tools),
     steps: Deno.readTextFileSync(new URL("steps.py", import.meta.url)),
-    snapshot: Deno.readFileSync(settings.built + "/snapshot.bin"),
-    wheels: settings.wheels.map((name) => [name, Deno.readFileSync(`${settings.built}/${name}`)]),
-  });
-} catch (error) {
-  fail(error);
+    snapshot, wheels,
+  }, handedOver);
 }
 
 const fromWorker = {
@@ -114,6 +116,11 @@ const fromHost = {
   },
 };
 
+try {
+  startWorker();
+} catch (error) {
+  fail(error);
+}
 let unread = "";
 for await (const text of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
   const lines = (unread + text).split("\n");

@@ -14,6 +14,7 @@ import linecache
 import os
 import random
 import sys
+import time
 import traceback
 import types
 
@@ -21,12 +22,15 @@ import _host
 
 FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 OUR_FILES = "<step ", "<tool "  # the frames that a traceback shows
+whole_sleep = time.sleep
 main = types.ModuleType("__main__")
 state = types.SimpleNamespace(steps=0, limit=0, packages="", task=None)
 
 
 class ToolError(RuntimeError):
     """A tool failed; the message is the tool's."""
+
+    __module__ = "__main__"  # so that tracebacks show the name alone
 
 
 class Output(io.RawIOBase):
@@ -63,25 +67,30 @@ def plain(value):
         if hasattr(value, method) and not isinstance(value, type):
             return kind(value)
     name = getattr(value, "__name__", type(value).__name__)
-    raise TypeError(f"tools take only data (numbers, text, lists, dicts), and {name} is none")
+    raise TypeError(f"tools take only data (numbers, text, lists, dicts), and {name} is not")
 
 
-def error_of(kind: str, message: str) -> Exception:
+def error_of(tool: str, kind: str, message: str) -> Exception:
     """The built-in exception of that name, so that `except ValueError` works; else ToolError."""
+    if kind in ("ToolError", "ToolException"):
+        return ToolError(f"{tool}: {message}")
     if kind in ("ArithmeticError", "ConnectionError", "FileNotFoundError", "IndexError",
                 "KeyError", "LookupError", "OSError", "OverflowError", "PermissionError",
                 "RuntimeError", "TimeoutError", "TypeError", "ValueError", "ZeroDivisionError"):
-        return getattr(builtins, kind)(message)
-    return ToolError(message if kind == "ToolError" else f"{kind}: {message}")
+        return getattr(builtins, kind)(f"{tool}: {message}")
+    return ToolError(f"{tool}: {kind}: {message}")
 
 
 def stub(name: str, description: str):
     """A function that has the host call the tool `name`."""
     def tool(*args, **kwargs):
-        request = json.dumps({"tool": name, "args": args, "kwargs": kwargs}, default=plain)
+        try:
+            request = json.dumps({"tool": name, "args": args, "kwargs": kwargs}, default=plain)
+        except TypeError as error:  # without json's notes on where it was
+            raise TypeError(f"{name}: {error}") from None
         answer = json.loads(_host.call(request))
         if "error" in answer:
-            raise error_of(answer["kind"], f"{name}: {answer['error']}")
+            raise error_of(name, answer["kind"], answer["error"])
         return answer["value"]
 
     tool.__name__ = tool.__qualname__ = name
@@ -119,6 +128,7 @@ def prepare(tools: str, limit: int, recursion: int, packages: str, seed: str) ->
     sys.modules["__main__"] = main
     main.__dict__.update(__builtins__=builtins, ToolError=ToolError)
     builtins.input = no_input
+    time.sleep = sleep
     builtins.__finished__ = finished
     for tool in json.loads(tools):
         if tool["source"]:
@@ -127,11 +137,20 @@ def prepare(tools: str, limit: int, recursion: int, packages: str, seed: str) ->
             exec(compile(tool["source"], file, "exec", dont_inherit=True), main.__dict__)
         else:
             main.__dict__[tool["name"]] = stub(tool["name"], tool["description"])
+    os.environ.pop("_", None)  # a path of the host
     os.chdir("/home/pyodide")
 
 
 def no_input(prompt="", /):
     raise EOFError("nobody is at a keyboard here: ask your question in the answer instead")
+
+
+def sleep(seconds, /):
+    """`time.sleep` in slices: the original does not see an interrupt."""
+    end = time.monotonic() + seconds
+    whole_sleep(min(seconds, 0.02))
+    while (left := end - time.monotonic()) > 0:
+        whole_sleep(min(left, 0.02))
 
 
 def remember(file: str, source: str) -> None:
