@@ -67,6 +67,10 @@ def check(settings: Settings) -> None:
         raise ValueError("--base_url and --model are two models; give the second as --compare")
     if settings.base_url and not settings.base_url.startswith(URL):
         raise ValueError(f"--base_url {settings.base_url} is no URL; it begins with http://")
+    served = [settings.base_url] + [settings.compare] * bool(settings.compare)
+    if AGENT in settings.tasks.split(",") and not all(x and x.startswith(URL) for x in served):
+        raise ValueError("the task codeact needs a served model: --base_url and --compare are URLs "
+                         "(python lmdeploy_cli.py serve api_server ...)")
     least_of = {"limit": 0, "seed": 0, "max_new_tokens": 1, "batch_size": 1, "agent_steps": 1,
                 "agent_conversations": 1}
     for name, least in least_of.items():
@@ -144,11 +148,16 @@ def measure_with_sandbox(
     endpoint: Endpoint, items: list[dict], settings: Settings
 ) -> tuple[list[Score], list[dict]]:
     """The agent's scores and runs."""
-    from codeact_pipeline import tools  # here, for they take seconds to load
+    from codeact.install import InstallError  # here, for all this takes seconds to load
+    from codeact.sandbox import SandboxError
+    from codeact_pipeline import tools
     from training.agent_measurement import measure_agent
 
-    scores, runs = measure_agent(items, endpoint.source, settings.api_key, tools,
-                                 settings.agent_steps, settings.agent_conversations)
+    try:
+        scores, runs = measure_agent(items, endpoint.source, settings.api_key, tools,
+                                     settings.agent_steps, settings.agent_conversations)
+    except (InstallError, SandboxError) as error:
+        raise ValueError(str(error)) from error
     return scores, [{"model": endpoint.name, **run} for run in runs]
 
 
@@ -171,7 +180,7 @@ def main() -> None:
                 notes.append(f"left out for {name}: {checkpoint.left_out}")
             columns[name], replies = measure(checkpoint, tasks, settings)
             chats += replies
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of the sandbox
+    except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")
 
     rows = report_rows(columns, settings.seed)
