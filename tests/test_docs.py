@@ -150,7 +150,8 @@ def test_the_readme_has_the_commands_of_all_its_stages():
     assert starts >= {"quickstart.sh", "run_tests.sh", "setup.sh", "python -m dataset.starter",
                       "python -m dataset.download", "train_tokenizer.py", "train_pretrain.py",
                       "train_sft.py", "model_chat.py", "evaluate.py",
-                      "convert_to_transformers.py", "lmdeploy_pipeline.py", "lmdeploy_cli.py"}
+                      "convert_to_transformers.py", "lmdeploy_pipeline.py", "lmdeploy_cli.py",
+                      "codeact_pipeline.py", "python -m codeact.internlm3"}
 
 
 @pytest.mark.parametrize("command", [
