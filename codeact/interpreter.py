@@ -153,6 +153,11 @@ class Interpreter:
         calls = 0
         while True:
             message = await process.read()
+            if message["event"] == "failed":  # the worker broke; the process ends itself
+                deep = "call stack" in message["error"]
+                raise ProcessEnded("RecursionError: a nesting that is too deep ended the process"
+                                   if deep else f"the step ended its process: "
+                                   f"{message['error'][:500]}")
             if message.get("step") != self.steps:
                 continue
             if message["event"] == "done":

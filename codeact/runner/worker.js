@@ -54,7 +54,7 @@ async function load(settings) {
     python.FS.writeFile("/lib/wheels/" + name, bytes, { canOwn: true });
   }
   python.FS.writeFile("/lib/wheels/_steps.py", settings.steps);
-  python.registerJsModule("_host", { call });
+  python.registerJsModule("_host", { call, sleep });
   python.runPython("import sys; sys.path.append('/lib/wheels')");
   steps = python.pyimport("_steps");
   python.runPython("sys.path.remove('/lib/wheels'); del sys");
@@ -98,4 +98,13 @@ function call(text) { // what a tool's stub calls; the host's answer, as text
   self.postMessage({ event: "call", call: text });
   Atomics.wait(state, 0, 0);
   return new TextDecoder().decode(new Uint8Array(reply, 0, Atomics.load(state, 1)).slice());
+}
+
+function sleep(milliseconds) { // whether it was interrupted
+  const clock = new Int32Array(new SharedArrayBuffer(4));
+  for (const end = performance.now() + milliseconds; performance.now() < end;) {
+    if (Atomics.exchange(interrupt, 0, 0) === 2) return true;
+    Atomics.wait(clock, 0, 0, Math.min(20, end - performance.now()));
+  }
+  return false;
 }
