@@ -77,8 +77,11 @@ class Builder:
     def term(self) -> Part:
         rng = self.rng
         shape = rng.choices(
-            ("call", "power·call", "call·call", "quotient", "composite"), (14, 36, 14, 24, 12)
+            ("power", "call", "power·call", "call·call", "quotient", "composite"),
+            (6, 14, 34, 14, 22, 10),
         )[0]
+        if shape == "power":
+            return self.monomial()
         if shape == "call":
             return self.call()
         if shape == "power·call":
@@ -109,7 +112,7 @@ class Builder:
             return base + str(n).translate(SUPERSCRIPTS)
         return f"{base}{self.style.power}{n}"
 
-    def monomial(self, constant: bool = False) -> Part:
+    def monomial(self) -> Part:
         """c·x^n, often x alone."""
         rng = self.rng
         power = self.power(rng.choices((1, 2, 3, 4, 5, 6), (10, 8, 4, 2, 1, 1))[0])
