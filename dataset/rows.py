@@ -76,7 +76,7 @@ class RowSet:
         indices = np.asarray(indices, dtype=np.int64)
         tokens, segments = self.tokens[indices].astype(np.int64), self.segments[indices]
         same_document = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-        learnt = same_document & (self.loss[indices, 1:] == 1)
+        learnt = same_document & (self.loss[indices][:, 1:] == 1)
         y = np.where(learnt, tokens[:, 1:], IGNORED)
         x = np.ascontiguousarray(tokens[:, :-1])
         return (torch.from_numpy(x), torch.from_numpy(y),

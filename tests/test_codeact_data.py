@@ -3,6 +3,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -172,7 +173,7 @@ def test_the_specifications_question_is_in_no_training_row(training):
             function = turn.task.state.get("f")
             if function is not None and key(function, turn.task.state["v"]) == OWN_FUNCTION:
                 functions += 1
-                assert not turn.task.code.endswith("pi))") and "π" not in turn.question
+                assert not re.search(r"[ \[]pi[,)\]]", turn.task.code), turn.task.code
     assert functions > 0  # the function itself is taught at other points
 
 
@@ -369,8 +370,8 @@ def test_outputs_are_not_learnt(built, tokenizer):
 def test_rows_of_two_files_are_mixed_evenly(tmp_path):
     def rows(name: str, count: int):
         talk = [{"role": "user", "content": name}, {"role": "assistant", "content": name * 20}]
-        lines = [json.dumps({"conversations": [*talk[:1], {**talk[1], "content": f"{name * 20}{i}"}]})
-                 for i in range(count)]
+        talks = ([talk[0], {**talk[1], "content": f"{name * 20}{i}"}] for i in range(count))
+        lines = [json.dumps({"conversations": messages}) for messages in talks]
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(lines) + "\n", "utf-8")
         return prepare_rows(path, "sft", TOKENIZER_DIR, 64, cache_dir=tmp_path / "cache")
