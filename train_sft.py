@@ -31,7 +31,8 @@ class Settings(TrainSettings):
         None, "weights to start from; default: out_dir/pretrain_512.pth or _256"
     )
     agent_data: str | None = option(
-        None, "the agent's conversations; default: dataset/codeact.jsonl if it is there; or none"
+        None, "the agent's conversations, or none; default: without --data dataset/codeact.jsonl, "
+        "if it is there"
     )
     row_length: int | None = option(
         None, "tokens in a row; default: 512, or 1024 (and half as many rows) with the agent's"

@@ -394,3 +394,45 @@ def test_rows_of_two_files_are_mixed_evenly(tmp_path):
     halved = join_rows(few, many, share=0.5)
     assert len(halved.train) == 2 * len(few.train) and halved.sources != joined.sources
     assert len(join_rows(few, many, share=0.99).train) == n
+
+
+# ---- Fine-tuning ---------------------------------------------------------------------------------
+
+
+def fine_tune(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Two steps on chats, in a folder of its own."""
+    talks = [[{"role": "user", "content": f"{i}加1？"}, {"role": "assistant", "content": f"{i + 1}"}]
+             for i in range(900)]
+    (folder / "talks.jsonl").write_text(
+        "".join(json.dumps({"conversations": talk}) + "\n" for talk in talks), "utf-8")
+    fixed = ["--preset", "mini", "--init", str(ROOT / "model/yuanmeng-mini-instruct"), "--compile",
+             "no", "--max_steps", "2", "--batch_size", "4", "--threads", "1", "--eval_rows", "2",
+             "--final_eval_rows", "2", "--tensorboard", "no", "--data", "talks.jsonl"]
+    return subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *fixed, *options],
+                          cwd=folder, capture_output=True, encoding="utf-8", timeout=300)
+
+
+def test_fine_tuning_mixes_the_agents_conversations_in(built, tmp_path):
+    done = fine_tune(tmp_path, "--agent_data", str(built / "train.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert "(the agent's, " in done.stdout and f"talks.jsonl + {built / 'train.jsonl'}" in done.stdout
+    with_agent = rows_trained(done.stdout)
+    alone = fine_tune(tmp_path, "--agent_data", "none", "--row_length", "1024")
+    assert alone.returncode == 0, alone.stderr
+    assert "the agent's" not in alone.stdout and rows_trained(alone.stdout) < with_agent
+    shared = fine_tune(tmp_path, "--agent_data", str(built / "train.jsonl"), "--agent_share", "0.5")
+    assert rows_trained(shared.stdout) == 2 * rows_trained(alone.stdout), shared.stderr
+
+
+def rows_trained(output: str) -> int:
+    return int(re.search(r"Training on .*: ([\d,]+) rows", output)[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (("--agent_data", "missing.jsonl"), "`python -m dataset.codeact` makes it"),
+    (("--agent_share", "1.5"), "--agent_share must lie between 0 and 1"),
+])
+def test_bad_settings_of_the_mixture_are_one_line(tmp_path, options, complaint):
+    done = fine_tune(tmp_path, *options)
+    assert done.returncode == 1 and complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

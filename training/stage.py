@@ -91,7 +91,8 @@ def train_stage(
     with world.together():
         data = [pick_data(stage, settings.data, quiet=not world.is_main)]
         if hasattr(settings, "agent_data"):
-            data += pick_agent_data(settings.agent_data, quiet=not world.is_main)
+            wanted = settings.agent_data or ("none" if settings.data else None)
+            data += pick_agent_data(wanted, quiet=not world.is_main)
         fill_in_defaults(settings, recipes, LONG_ROWS if len(data) > 1 else 512)
         if world.is_first_on_node:  # it builds the rows, the node's others open them
             rows = rows_of(data, stage, settings, strict=settings.strict)
