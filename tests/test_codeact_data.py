@@ -415,7 +415,8 @@ def fine_tune(folder: Path, *options: str) -> subprocess.CompletedProcess:
 def test_fine_tuning_mixes_the_agents_conversations_in(built, tmp_path):
     done = fine_tune(tmp_path, "--agent_data", str(built / "train.jsonl"))
     assert done.returncode == 0, done.stderr
-    assert "(the agent's, " in done.stdout and f"talks.jsonl + {built / 'train.jsonl'}" in done.stdout
+    assert "(the agent's, " in done.stdout
+    assert f"talks.jsonl + {built / 'train.jsonl'}" in done.stdout
     with_agent = rows_trained(done.stdout)
     alone = fine_tune(tmp_path, "--agent_data", "none", "--row_length", "1024")
     assert alone.returncode == 0, alone.stderr

@@ -93,7 +93,8 @@ def test_the_first_code_of_recovery_items_is_given_and_not_the_models():
 
 
 def test_all_questions_of_an_item_must_be_answered_rightly():
-    both = [item(1, "", questions=["right", "right"]), item(2, "", questions=["right", "wrong answer"])]
+    both = [item(1, "", questions=["right", "right"]),
+            item(2, "", questions=["right", "wrong answer"])]
     scores, runs, _ = scores_of(both)
     assert scores["new numbers, right: total"].values == [True, False]
     assert scores["new numbers, steps a question"].sizes == [2, 2]
@@ -110,7 +111,8 @@ def test_variables_live_on_within_an_item_and_not_beyond():
 
     def asking(*texts):
         return {**item(0, ""), "questions": [
-            {"content": text, "numbers": [], "texts": [says], "verdict": ""} for text, says in texts]}
+            {"content": text, "numbers": [], "texts": [says], "verdict": ""}
+            for text, says in texts]}
 
     script = Script(reply)
     with scripted_endpoint(script) as url:
@@ -165,7 +167,8 @@ def test_the_report_has_the_agents_scores_and_every_run(tmp_path):
     assert "| after an error, right: total | 1 | 100.0% |" in report
     assert "| after an error, steps a question | 1 | 1.000 | 1.000 – 1.000 |" in report
     assert f"agent_data: {data} (SHA-256 " in report
-    runs = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text("utf-8").splitlines()]
+    lines = (tmp_path / "report.jsonl").read_text("utf-8").splitlines()
+    runs = [json.loads(line) for line in lines]
     assert [one["right"] for one in runs] == [True, False, True, True]
     assert {one["model"] for one in runs} == {MODEL}
     assert (tmp_path / "report.png").stat().st_size > 10_000

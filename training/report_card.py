@@ -28,8 +28,8 @@ EXPLANATION = (
 )
 COMPARISON = (
     "Both checkpoints had the same items. p: McNemar's exact test for rates, the paired sign-flip "
-    "test for bits per byte and steps. So many tests find a difference by chance now and then, so the "
-    "verdict goes by Holm's correction of p for all rows of the table.\n"
+    "test for bits per byte and steps. So many tests find a difference by chance now and then, so "
+    "the verdict goes by Holm's correction of p for all rows of the table.\n"
 )
 
 

@@ -34,7 +34,8 @@ USER_ERRORS = (
 )
 # What each node may set as it likes; everything else has to be the same on all.
 OWN_SETTINGS = (
-    "data", "agent_data", "strict", "out_dir", "init", "compile", "threads", "tensorboard", "swanlab"
+    "data", "agent_data", "strict", "out_dir", "init", "compile", "threads", "tensorboard",
+    "swanlab",
 )
 LONG_ROWS = 1024  # tokens: a question, code, output and answer, and some more of them
 
@@ -125,7 +126,8 @@ def train_stage(
     millions = model.num_unique_parameters() / 1e6
     say(f"The total number of parameters in the YuanMeng model is: {millions:.3f} million")
     say(
-        f"Training on {' + '.join(str(shown(path)) for path in data)}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
+        f"Training on {' + '.join(str(shown(path)) for path in data)}: {len(rows.train):,} rows, "
+        f"{rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
     if not trainer.resume():

@@ -3,7 +3,7 @@
 In:   the sandbox (`python -m codeact.install`, which setup.sh runs) and the tokenizer.
 Out:  `dataset/codeact.jsonl` to train on and `dataset/eval_codeact.jsonl` to measure by, the same
       byte for byte for the same seed.
-Next: `python train_sft.py` mixes the first in; `python evaluate.py --tasks codeact` asks the second.
+Next: `python train_sft.py` mixes the first in, `python evaluate.py --task codeact` asks the second.
 
     python -m dataset.codeact
     python -m dataset.codeact --conversations 3000 --workers 1

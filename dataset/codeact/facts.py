@@ -39,7 +39,9 @@ def has_numbers(text: str, expected: Sequence[int | float]) -> bool:
     )
 
 
-def says(text: str, numbers: Sequence[int | float], texts: Sequence[str], verdict: str = "") -> bool:
+def says(
+    text: str, numbers: Sequence[int | float], texts: Sequence[str], verdict: str = ""
+) -> bool:
     """Whether the text has all of this; a verdict replaces the texts, and must not be negated."""
     if verdict:
         place = text.find(verdict)
