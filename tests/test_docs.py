@@ -113,6 +113,8 @@ def fault(words: list[str]) -> str | None:
         module_name, arguments = words[1], words[2:]
         if module_name in OTHERS_MODULES:
             return None
+        if (ROOT / module_name.replace(".", "/") / "__main__.py").is_file():
+            module_name += ".__main__"
     else:
         if not words[0].endswith(".py"):
             return f"{words[0]} is no script"
