@@ -195,9 +195,10 @@ def test_two_agents_are_compared_item_by_item(tmp_path):
     (("--agent_conversations", "0"), "--agent_conversations must be at least 1"),
 ])
 def test_what_cannot_be_is_one_line(tmp_path, options, complaint):
-    done = run(tmp_path, *options)
+    data = write(tmp_path / "items.jsonl", [item(0, "right")])
+    done = run(tmp_path, "--agent_data", str(data), *options)
     assert done.returncode == 1 and complaint in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == [data]
 
 
 def test_items_that_are_none_are_named(tmp_path):
