@@ -222,6 +222,8 @@ def test_ctrl_c_leaves_no_process_behind(reply, tmp_path):
         for line in process.stdout:
             if b"1000" in line or "🤖".encode() in line and reply is not SLEEP:
                 break
+        if reply is not SLEEP:
+            assert process.stdout.read(1)  # the answer has begun
         left = wait_for_children(process) if reply is SLEEP else []
         process.send_signal(signal.SIGINT)
         process.stdout.read()
