@@ -194,7 +194,7 @@ def ask(text: str) -> list[dict[str, str]]:
 
 def test_an_endpoint_is_asked_for_its_model_and_greedily(endpoint_server):
     endpoint = Endpoint(endpoint_server.url, "secret")
-    assert endpoint.name == "yuanmeng" and endpoint.kinds == {"chat"}
+    assert endpoint.name == "yuanmeng" and endpoint.kinds == {"chat", "agent"}
     questions = ["一", "没完", "三"]
     replies = endpoint.replies([ask(text) for text in questions], max_new_tokens=5)
     assert replies == [("我是缘梦：一", True), ("我是缘梦：没完", False), ("我是缘梦：三", True)]

@@ -43,7 +43,10 @@ class Process:
         """Nothing of the conversation before is left."""
         if self.conversations >= CONVERSATIONS_PER_PROCESS:
             await self.end()
-        await self.run(FORGET if self.conversations else REMEMBER)
+        ready = await self.run(FORGET if self.conversations else REMEMBER)
+        if ready.error is not None or (ready.state_lost and self.conversations):
+            await self.end()
+            await self.run(REMEMBER)
         self.conversations += 1
 
     async def end(self) -> None:
@@ -121,7 +124,9 @@ async def verified(
     """Each conversation, in order, with its messages or why it is none. `workers` processes."""
     free: asyncio.Queue[Process] = asyncio.Queue()
     for number in range(workers):
-        free.put_nowait(Process(sandbox, f"worker {number}"))
+        process = Process(sandbox, f"worker {number}")
+        await process.end()  # one of that name may still hold an earlier call's variables
+        free.put_nowait(process)
 
     async def work(conversation: Conversation) -> list[list[dict]] | WrongTask:
         process = await free.get()
