@@ -5,14 +5,15 @@ In:   a checkpoint (out/*.pth; a folder in Hugging Face's layout, quantized by A
 Out:  a table on the screen and in out/report.md, a chart in out/report.png, every reply in
       out/report.jsonl. The same seed gives the same files.
 
-Three kinds of tasks: held-out texts, in bits per byte; multiple choice, by the likelihood of each
-choice per byte, beside the rate of guessing; and conversations, answered greedily and checked
-against the facts they ask for. All scores have 95 % intervals; two checkpoints are compared item
-by item (training/significance.py).
+Held-out texts, in bits per byte; multiple choice, by the likelihood of each choice per byte, beside
+the rate of guessing; conversations, answered greedily and checked against the facts they ask for;
+and, if asked for, the task codeact: the whole agent, a served model and the sandbox. All scores
+have 95 % intervals; two checkpoints are compared item by item (training/significance.py).
 
     python evaluate.py                            # the model that model_chat.py would talk to
     python evaluate.py --model out/pretrain_256.pth --tasks bits_per_byte,poem_next
     python evaluate.py --compare out/sft_256.pth
+    python evaluate.py --task codeact --base_url http://127.0.0.1:23333/v1
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.tasks import EXAM, draw, read_exams, read_tasks
+from dataset.tasks import AGENT, AGENT_MAKER, EXAM, draw, read_exams, read_tasks
 from model.endpoint import Endpoint
 from model.loading import find_weights
 from model.scoring import Checkpoint
@@ -46,12 +47,17 @@ class Settings:
     data: str = option(
         "dataset/eval_starter.jsonl", "the tasks; python -m dataset.starter makes them"
     )
-    tasks: str = option("all", "names separated by commas")
+    agent_data: str = option(
+        "dataset/eval_codeact.jsonl", "those of the task codeact; python -m dataset.codeact"
+    )
+    tasks: str = option("all", "names separated by commas; codeact only if it is named")
     exam_dir: str | None = option(None, "folder of C-Eval or CMMLU .csv files, for the task exam")
-    limit: int = option(200, "items per task, source and subject at most (0: all)")
+    limit: int = option(200, "items per task, source, subject and split at most (0: all)")
     seed: int = option(42, "of the items drawn, the bootstrap and the sign-flip test")
     max_new_tokens: int = option(96, "a reply that has not ended by then counts as endless")
     batch_size: int = option(32, "sequences at a time")
+    agent_steps: int = option(5, "pieces of code that the agent may run for a question")
+    agent_conversations: int = option(4, "of the agent at once, about 300 MB each")
     output: str = option("out/report.md", "the report; chart and replies go beside it")
 
 
@@ -61,25 +67,38 @@ def check(settings: Settings) -> None:
         raise ValueError("--base_url and --model are two models; give the second as --compare")
     if settings.base_url and not settings.base_url.startswith(URL):
         raise ValueError(f"--base_url {settings.base_url} is no URL; it begins with http://")
-    for name, least in (("limit", 0), ("seed", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+    served = [settings.base_url] + [settings.compare] * bool(settings.compare)
+    if AGENT in settings.tasks.split(",") and not all(x and x.startswith(URL) for x in served):
+        raise ValueError("the task codeact needs a served model: --base_url and --compare are URLs "
+                         "(python lmdeploy_cli.py serve api_server ...)")
+    least_of = {"limit": 0, "seed": 0, "max_new_tokens": 1, "batch_size": 1, "agent_steps": 1,
+                "agent_conversations": 1}
+    for name, least in least_of.items():
         if getattr(settings, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
 
 
 def read_items(settings: Settings) -> tuple[dict[str, list[dict]], list[str]]:
     """The items to measure by task, and what the report must say about them."""
-    path = Path(settings.data)
-    tasks = read_tasks(path)
-    notes = [f"data: {path} (SHA-256 {digest(path)})"]
+    wanted = settings.tasks.split(",")
+    tasks, notes = {}, []
+    if wanted != [AGENT]:
+        path = Path(settings.data)
+        tasks = read_tasks(path)
+        notes = [f"data: {path} (SHA-256 {digest(path)})"]
     if settings.exam_dir:
         folder = Path(settings.exam_dir)
         tasks[EXAM], left_out = read_exams(folder)
         notes += [f"exam_dir: {folder} (SHA-256 {digest(*sorted(folder.rglob('*.csv')))})"]
         notes += left_out
-    wanted = list(tasks) if settings.tasks == "all" else settings.tasks.split(",")
+    if AGENT in wanted:
+        path = Path(settings.agent_data)
+        tasks |= read_tasks(path, AGENT_MAKER)
+        notes += [f"agent_data: {path} (SHA-256 {digest(path)})"]
+    wanted = list(tasks) if settings.tasks == "all" else wanted
     for name in wanted:
         if name not in tasks:
-            raise ValueError(f"--tasks {name}: {path} holds {', '.join(tasks)}")
+            raise ValueError(f"--tasks {name}: {settings.data} holds {', '.join(tasks)}")
     return {name: draw(tasks[name], settings.limit, settings.seed) for name in wanted}, notes
 
 
@@ -96,11 +115,12 @@ def open_checkpoint(where: str | None, settings: Settings) -> Checkpoint | Endpo
 
 
 def measure(
-    checkpoint: Checkpoint | Endpoint, tasks: dict[str, list[dict]], max_new_tokens: int
+    checkpoint: Checkpoint | Endpoint, tasks: dict[str, list[dict]], settings: Settings
 ) -> tuple[list[Score], list[dict]]:
     """All scores of a checkpoint, and its replies."""
     scores: list[Score] = []
     chats: list[dict] = []
+    runs: list[dict] = []
     for name, items in tasks.items():
         kind = items[0]["kind"]
         if kind not in checkpoint.kinds:
@@ -109,8 +129,11 @@ def measure(
             scores += score_texts(checkpoint, items)
         elif kind == "choice":
             scores += score_choices(checkpoint, name, items)
+        elif kind == "agent":
+            found, runs = measure_with_sandbox(checkpoint, items, settings)
+            scores += found
         else:
-            score, replies = judge_replies(checkpoint, name, items, max_new_tokens)
+            score, replies = judge_replies(checkpoint, name, items, settings.max_new_tokens)
             scores.append(score)
             chats += replies
     if chats:
@@ -118,7 +141,24 @@ def measure(
         scores.append(Score("replies that loop", looping, lower_is_better=True))
     if not scores:
         raise ValueError(f"{checkpoint.name}: nothing to measure: {checkpoint.left_out}")
-    return scores, chats
+    return scores, chats + runs
+
+
+def measure_with_sandbox(
+    endpoint: Endpoint, items: list[dict], settings: Settings
+) -> tuple[list[Score], list[dict]]:
+    """The agent's scores and runs."""
+    from codeact.install import InstallError  # here, for all this takes seconds to load
+    from codeact.sandbox import SandboxError
+    from codeact_pipeline import tools
+    from training.agent_measurement import measure_agent
+
+    try:
+        scores, runs = measure_agent(items, endpoint.source, settings.api_key, tools,
+                                     settings.agent_steps, settings.agent_conversations)
+    except (InstallError, SandboxError) as error:
+        raise ValueError(str(error)) from error
+    return scores, [{"model": endpoint.name, **run} for run in runs]
 
 
 def main() -> None:
@@ -138,7 +178,7 @@ def main() -> None:
             notes.append(f"model {name}: {checkpoint.source}")
             if checkpoint.left_out:
                 notes.append(f"left out for {name}: {checkpoint.left_out}")
-            columns[name], replies = measure(checkpoint, tasks, settings.max_new_tokens)
+            columns[name], replies = measure(checkpoint, tasks, settings)
             chats += replies
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -27,8 +27,8 @@ from model import MINI_DIR, TOKENIZER_DIR
 from model.conversation import fit_conversation
 from model.generation import check_sampling, penalize_repetition
 from model.loading import load_tokenizer
-from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
+from training.terminal import note, talk, use_utf8
 
 model = "Yuanmeng_Models/yuanmeng-26m-instruct"
 PADDING = 1  # <s>

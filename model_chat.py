@@ -25,8 +25,8 @@ from model.conversation import encode_text, fit_conversation
 from model.generation import TextStream, check_sampling, generate_tokens
 from model.loading import choose_dtype, find_weights, load_model, load_tokenizer
 from model.step import OneSequence
-from model.terminal import note, talk, use_utf8
 from training.settings import parse_settings
+from training.terminal import note, talk, use_utf8
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Stage Ⅳ, second step: supervised fine-tuning. The network that knows language learns to answer.
 
 In:   out/pretrain_512.pth (out/pretrain_256.pth), and dataset/sft_mini_512.jsonl (ModelScope) or
-      dataset/sft_starter.jsonl.
+      dataset/sft_starter.jsonl; dataset/codeact.jsonl too, if `python -m dataset.codeact` made it.
 Out:  out/sft_512.pth (out/sft_256.pth), out/loss_sft.png.
 Next: model_chat.py
 
 The loop is that of pretraining. What differs: the first weights, conversations instead of plain
-text, a loss on the assistant's words only, and smaller learning rates.
+text, a loss on the assistant's words only, and smaller learning rates. The conversations of an
+agent that acts by writing Python are mixed in evenly, in rows long enough for them.
 
     python train_sft.py
     python train_sft.py --preset mini --max_minutes 4
@@ -28,6 +29,16 @@ class Settings(TrainSettings):
 
     init: str | None = option(
         None, "weights to start from; default: out_dir/pretrain_512.pth or _256"
+    )
+    agent_data: str | None = option(
+        None, "the agent's conversations, or none; default: without --data dataset/codeact.jsonl, "
+        "if it is there"
+    )
+    row_length: int | None = option(
+        None, "tokens in a row; default: 512, or 1024 (and half as many rows) with the agent's"
+    )
+    agent_share: float | None = option(
+        None, "their share of the rows at most (0.5: as many as others); default: all of them"
     )
 
 

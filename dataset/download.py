@@ -56,9 +56,9 @@ def download(settings: DownloadSettings) -> list[Path]:
             REPOSITORY, "dataset", revision=settings.revision)}
     except NotExistError as error:
         raise DownloadError(f"ModelScope has no {REPOSITORY} at revision {settings.revision} "
-                            f"({_reason(error)}). {STARTER_HINT}") from error
+                            f"({reason(error)}). {STARTER_HINT}") from error
     except (HubError, requests.RequestException) as error:
-        raise DownloadError(f"Cannot reach ModelScope ({_reason(error)}). {STARTER_HINT}"
+        raise DownloadError(f"Cannot reach ModelScope ({reason(error)}). {STARTER_HINT}"
                             ) from error
     log.setLevel(logging.WARNING)  # from here on an attempt may take minutes: do say so
     for name in settings.files:
@@ -115,14 +115,14 @@ def _fetch(api: HubApi, entry: FileInfo, revision: str, partial_dir: Path) -> No
             file_size=entry.size, expected_sha256=entry.sha256)
     except FileIntegrityError as error:
         raise DownloadError(f"{entry.path} arrived with the wrong size or content "
-                            f"({_reason(error)}). Try again later. {STARTER_HINT}") from error
+                            f"({reason(error)}). Try again later. {STARTER_HINT}") from error
     except (HubError, requests.RequestException, OSError) as error:
         raise DownloadError(
-            f"The download of {entry.path} stopped ({_reason(error)}). What has arrived is kept: "
+            f"The download of {entry.path} stopped ({reason(error)}). What has arrived is kept: "
             f"run the same command to go on. {STARTER_HINT}") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The root of the matter in one line: the SDK, requests and urllib3 each wrap it once more."""
     while inner := error.__cause__ or error.__context__:
         error = inner

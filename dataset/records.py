@@ -7,7 +7,8 @@ a learner needs the whole list: which file, which line, what is wrong with it.
     pretrain   {"text": "..."}
     sft        {"conversations": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
 
-Other keys are allowed and ignored.
+Other keys are allowed and ignored, but for `"learn": false` in an assistant's message, which is
+then read and not learnt (`dataset/rows.py`).
 """
 import codecs
 import glob
@@ -27,6 +28,7 @@ DATA_FILES = {
     "pretrain": ("pretrain_hq.jsonl", "pretrain_starter.jsonl"),
     "sft": ("sft_mini_512.jsonl", "sft_starter.jsonl"),
 }
+AGENT_FILE = "codeact.jsonl"  # mixed into fine-tuning where it is
 LISTED_FAULTS = 20  # how many broken lines a report names
 EARLY_STOP_LINES = 10_000  # before this many lines, wait for the end of the file to judge it
 READ_CHARACTERS = 1 << 20
@@ -187,6 +189,22 @@ def pick_data(stage: str, override: str | None = None, *, data_dir: Path = DATA_
     if not quiet:
         print(f"Data: {shown(path)} ({origin}, {path.stat().st_size / 1e6:,.1f} MB)")
     return path
+
+
+def pick_agent_data(override: str | None = None, *, data_dir: Path = DATA_DIR,
+                    quiet: bool = False) -> list[Path]:
+    """The agent's conversations to be mixed into fine-tuning, if there are any: none or one file.
+
+    `override` is another file, or "none".
+    """
+    path = Path(override) if override else data_dir / AGENT_FILE
+    if override == "none" or not (override or path.is_file()):
+        return []
+    if not path.is_file():
+        raise FileNotFoundError(f"No such data file: {path}; `python -m dataset.codeact` makes it")
+    if not quiet:
+        print(f"Data: {shown(path)} (the agent's, {path.stat().st_size / 1e6:,.1f} MB)")
+    return [path]
 
 
 def shown(path: Path) -> Path:

@@ -76,7 +76,7 @@ class RowSet:
         indices = np.asarray(indices, dtype=np.int64)
         tokens, segments = self.tokens[indices].astype(np.int64), self.segments[indices]
         same_document = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-        learnt = same_document & (self.loss[indices, 1:] == 1)
+        learnt = same_document & (self.loss[indices][:, 1:] == 1)
         y = np.where(learnt, tokens[:, 1:], IGNORED)
         x = np.ascontiguousarray(tokens[:, :-1])
         return (torch.from_numpy(x), torch.from_numpy(y),
@@ -132,6 +132,52 @@ def prepare_rows(data_path: str | Path, kind: str, tokenizer_dir: str | Path,
     return rows
 
 
+class Interleaved:
+    """The rows of several arrays as one, mixed evenly, without a copy of them all."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        # Row i of n stands at (i + ½) / n of its array, and there in the whole.
+        places = np.concatenate([(np.arange(len(a)) + 0.5) / max(1, len(a)) for a in arrays])
+        order = np.argsort(places, kind="stable")
+        self.owner = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])[order]
+        self.row = np.concatenate([np.arange(len(a)) for a in arrays])[order]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, indices: int | np.ndarray) -> np.ndarray:
+        owner, row = self.owner[indices], self.row[indices]
+        found = np.empty((*np.shape(indices), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
+        for number, array in enumerate(self.arrays):
+            mine = owner == number
+            found[mine] = array[row[mine]]
+        return found
+
+
+def join_rows(first: PackedRows, second: PackedRows, share: float | None = None) -> PackedRows:
+    """The rows of two data files as one set.
+
+    `share` is the most that `second` may have of the rows to train on; what is over is left out.
+    """
+    used = len(second.train)
+    if share is not None:
+        used = min(used, round(len(first.train) * share / (1 - share)))
+    sides = {}
+    for side in ("train", "heldout"):
+        a, b = getattr(first, side), getattr(second, side)
+        part = used / max(1, len(b)) if side == "train" else 1.0
+        length = used if side == "train" else len(b)
+        arrays = {name: Interleaved((getattr(a, name), getattr(b, name)[:length]))
+                  for name in ARRAYS}
+        sides[side] = RowSet(**arrays, num_tokens=a.num_tokens + round(part * b.num_tokens),
+                             target_bytes=a.target_bytes + round(part * b.target_bytes))
+    meta = {**first.meta, "data_path": f"{first.meta['data_path']} + {second.meta['data_path']}"}
+    sources = {**first.sources, "data": f"{first.sources['data']}+{second.sources['data']}@{used}"}
+    return PackedRows(sides["train"], sides["heldout"], meta,
+                      Path(f"{first.path.name}+{second.path.name}@{used}"), sources)
+
+
 def cache_key(data_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str,
               row_length: int) -> tuple[str, dict[str, str]]:
     """Hash everything that the rows depend on (the data file by its content).
@@ -155,7 +201,8 @@ def encode_conversation(messages: list[dict], tokenizer: PreTrainedTokenizerFast
                         ) -> tuple[list[int], list[int]]:
     """Render a conversation by the tokenizer's chat template; return (ids, loss), equally long.
 
-    loss is 1 on the content of the assistant's messages and the `</s>` that ends each. Text never
+    loss is 1 on the content of the assistant's messages and the `</s>` that ends each, but for
+    messages with `"learn": false`: mistakes, which are there for what follows them. Text never
     turns into special tokens: a `</s>` that someone wrote is four ordinary characters.
     """
     return _encoder(tokenizer).conversations([messages])[0]
@@ -224,7 +271,7 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
         elif part >= 0:  # the content of a message
             message = messages[part]
             if message["role"] == "assistant":
-                pieces += [(text, 0), (message["content"], 1)]
+                pieces += [(text, 0), (message["content"], learnt(message))]
                 text = ""
             else:
                 text += message["content"]
@@ -235,6 +282,11 @@ def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
             text = ""
     pieces.append((text, 0))
     return [piece for piece in pieces if piece[0] != ""]
+
+
+def learnt(message: dict) -> int:
+    """1 if the model is to learn to say this."""
+    return int(message["role"] == "assistant" and message.get("learn", True) is not False)
 
 
 @lru_cache(maxsize=1000)
@@ -390,8 +442,7 @@ def _conversations(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, r
                 counts["shortened"] += 1
                 messages = messages[:ends[fitting - 1]]
                 ids, loss = encoder.conversations([messages])[0]
-            target_bytes = sum(
-                len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+            target_bytes = sum(len(m["content"].encode()) for m in messages if learnt(m))
             documents.append(Document(line, np.array(ids, np.uint16), np.array(loss, np.uint8),
                                       target_bytes, _hash(content.encode())))
         yield from sorted(documents, key=lambda document: -len(document.ids))

@@ -1,7 +1,8 @@
 """The questions of a report card: reading them, drawing some of them, and judging replies.
 
 An item is a dictionary with a `task`, a `kind` and what its kind needs (`FIELDS`): a text to be
-predicted, a question with choices, or a conversation with the facts that its answer must contain.
+predicted, a question with choices, a conversation with the facts that its answer must contain, or
+questions to an agent that runs code.
 """
 
 import csv
@@ -17,8 +18,10 @@ FIELDS = {
     "text": {"source": str, "text": str},
     "choice": {"question": str, "choices": list, "answer": int},
     "chat": {"conversations": list},
+    "agent": {"questions": list, "split": str, "family": str, "name": str, "language": str},
 }
-EXAM = "exam"
+STARTER, AGENT_MAKER = "python -m dataset.starter", "python -m dataset.codeact"
+EXAM, AGENT = "exam", "codeact"
 LETTERS = "ABCD"
 SHOWN_FAULTS = 10
 
@@ -30,14 +33,14 @@ class TasksError(ValueError):
 # ---- Reading -------------------------------------------------------------------------------------
 
 
-def read_tasks(path: Path) -> dict[str, list[dict]]:
-    """Items by task, in the order of the file.
+def read_tasks(path: Path, made_by: str = STARTER) -> dict[str, list[dict]]:
+    """Items by task, in the order of the file, which the command `made_by` makes.
 
     Raises:
         FileNotFoundError, TasksError: the file is not there, or a line of it is no item.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; `python -m dataset.starter` makes it")
+        raise FileNotFoundError(f"{path} does not exist; `{made_by}` makes it")
     tasks: dict[str, list[dict]] = defaultdict(list)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -50,12 +53,10 @@ def read_tasks(path: Path) -> dict[str, list[dict]]:
                 if tasks[item["task"]][0]["kind"] != item["kind"]:
                     fault = f"task {item['task']!r} has items of another kind"
             if fault:
-                raise TasksError(
-                    f"{path}:{number}: {fault}; `python -m dataset.starter` makes the file anew"
-                )
+                raise TasksError(f"{path}:{number}: {fault}; `{made_by}` makes the file anew")
             tasks[item["task"]].append(item)
     if not tasks:
-        raise TasksError(f"{path} is empty; `python -m dataset.starter` makes it")
+        raise TasksError(f"{path} is empty; `{made_by}` makes it")
     return dict(tasks)
 
 
@@ -73,6 +74,14 @@ def fault_of(item: object) -> str | None:
             return "has an empty choice"
         if not 0 <= item["answer"] < len(item["choices"]):
             return f"answer {item['answer']} is none of the choices"
+    if item["kind"] == "agent" and "mistaken" not in item:
+        return "has no mistaken"
+    if item["kind"] == "agent" and not all(
+        isinstance(question, dict)
+        and {"content", "numbers", "texts", "verdict"} <= question.keys()
+        for question in item["questions"]
+    ):
+        return "has a question without content, numbers, texts or verdict"
     if item["kind"] == "chat":
         if "accept" not in item and "accept_all" not in item:
             return "has neither accept nor accept_all"
@@ -155,13 +164,14 @@ def exam_item(row: list[str], columns: dict[str, int], subject: str) -> dict | s
 
 
 def draw(items: list[dict], limit: int, seed: int) -> list[dict]:
-    """At most `limit` items of each task (0: all), of each source of texts, of each subject.
+    """At most `limit` items of each task (0: all), of each source, subject and split.
 
     The seed and an item's own content decide: the same ones are drawn whatever else is in the file.
     """
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for item in items:
-        parts[item["task"], item.get("source"), item.get("subject")].append(item)
+        part = (item["task"], item.get("source"), item.get("subject"), item.get("split"))
+        parts[part].append(item)
 
     def rank(item: dict) -> int:
         return bucket(f"{seed} {json.dumps(item, sort_keys=True)}", 2**60)

@@ -22,7 +22,7 @@ class Endpoint:
         EndpointError: nothing answers there, or no model is served.
     """
 
-    kinds = frozenset({"chat"})
+    kinds = frozenset({"chat", "agent"})
     left_out = "an endpoint tells no likelihoods, so only conversations are measured"
 
     def __init__(self, base_url: str, api_key: str | None = None):

@@ -157,11 +157,19 @@ class DecodeStep:
         return (x_BCE.float() * cos + turned * sin).to(self.dtype)
 
     def attend(self, q_BHE, keys, values, read_BL, seen_B11L) -> torch.Tensor:
-        """Attention of one query for each head over its sequence's slots, [B, H · E]."""
+        """Attention of one query for each head over its sequence's slots, [B, H · E].
+
+        One sequence: plain loops, in which the compiler reads the slots where they lie. Several:
+        there is enough to do for the library's attention to win, although it wants a copy."""
         B, L = read_BL.shape
         k_BLKE, v_BLKE = (
             slots.read(read_BL.flatten(), self.dtype).unflatten(0, (B, L)) for slots in (keys, values)
         )
+        if B > 1:
+            k_BKLE, v_BKLE = k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
+            q_BKGE = q_BHE.unflatten(1, (self.num_kv_heads, -1))
+            y_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=seen_B11L)
+            return y_BKGE.flatten(1)
         q_B1KGE = q_BHE.float().unflatten(1, (self.num_kv_heads, -1))[:, None]
         scores_BLKG = (q_B1KGE * k_BLKE.float()[:, :, :, None]).sum(-1) * self.head_dim**-0.5
         scores_BKGL = scores_BLKG.permute(0, 2, 3, 1).masked_fill(~seen_B11L, float("-inf"))

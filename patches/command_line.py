@@ -66,10 +66,11 @@ def page_command() -> Patch:
 
 def run_page(args: Namespace) -> None:
     """What `serve gradio` does with its options."""
+    from codeact_pipeline import tools
     from model.web.server import serve
 
     serve(args.api_server_url, server_name=args.server_name, server_port=args.server_port,
-          api_key=args.api_key, model_name=args.served_name, language=args.language)
+          api_key=args.api_key, model_name=args.served_name, language=args.language, tools=tools)
 
 
 def data_option() -> Patch:

@@ -25,6 +25,7 @@ from lmdeploy.pytorch.backends.attention import (
 from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.default.cache import DefaultCacheBackend
+from lmdeploy.pytorch.backends.linear import LinearBuildSpec
 from lmdeploy.pytorch.backends.norm import RMSNormBuildSpec, RMSNormImpl
 from lmdeploy.pytorch.backends.rotary_embedding import (
     RopeType,
@@ -36,7 +37,7 @@ from lmdeploy.pytorch.model_inputs import StepContext
 
 from model.step import Slots, open_slots
 
-from .cpu_linear import CpuLinearW4A16
+from .cpu_linear import CpuLinear, CpuLinearW4A16
 
 BLOCK = 64  # queries
 QUANTIZED_BITS = {QuantPolicy.INT8: 8, QuantPolicy.INT4: 4}
@@ -55,6 +56,8 @@ class CpuBackend(DefaultOpsBackend):
             return CpuAttention(spec)
         if isinstance(spec, RMSNormBuildSpec):
             return CpuRMSNorm(spec.hidden_size, spec.eps)
+        if isinstance(spec, LinearBuildSpec):
+            return CpuLinear()
         if isinstance(spec, LinearW4A16BuildSpec):
             return CpuLinearW4A16(spec)
         if isinstance(spec, SiluAndMulBuildSpec):
@@ -273,9 +276,9 @@ def causal_attention(
     for q_KGnE in q_KGNE.split(BLOCK, dim=2):
         n = q_KGnE.shape[2]
         end = L - N + n + sum(y.shape[2] for y in outputs)
-        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).float().unflatten(1, (-1, n))
+        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).unflatten(1, (-1, n))
         scores_KGnl[..., end - n :].masked_fill_(future[:n, :n], float("-inf"))
-        weights = scores_KGnl.softmax(-1).to(v_KLE.dtype).flatten(1, 2)
+        weights = scores_KGnl.softmax(-1).flatten(1, 2)  # float32 inside
         outputs.append((weights @ v_KLE[:, :end]).unflatten(1, (-1, n)))
     return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -388,5 +391,10 @@ class CpuApplyRotary(ApplyRotaryEmbImpl):
 
 
 def rotate(x_NHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x_NHE.chunk(2, dim=-1)
-    return x_NHE * cos + torch.cat((-second, first), dim=-1) * sin
+    """x · cos + (-second, first) · sin, half by half; both halves of a table are equal."""
+    y_NHE = x_NHE * cos
+    half = x_NHE.shape[-1] // 2
+    sin = sin[..., :half]
+    y_NHE[..., :half].addcmul_(x_NHE[..., half:], sin, value=-1)
+    y_NHE[..., half:].addcmul_(x_NHE[..., :half], sin)
+    return y_NHE

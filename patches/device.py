@@ -9,6 +9,7 @@ import torch
 
 from model.loading import choose_dtype
 
+from .cpu_threads import release_team
 from .cuda_stand_in import Torch, memory
 from .upstream import Patch, exchange, look_at, refuse
 
@@ -282,6 +283,8 @@ def engine_process() -> Patch:
     def from_pretrained(cls, path, engine_config=None, *args, **kwargs):
         if engine_config is not None and engine_config.device_type == "cpu":
             engine_config.enable_mp_engine = False
-        return original(cls, path, engine_config, *args, **kwargs)
+        engine = original(cls, path, engine_config, *args, **kwargs)
+        release_team()  # what loaded the model is not what computes
+        return engine
 
     return exchange(symbol, "starts the engine in another process", classmethod(from_pretrained))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import serving_app, serving_checks
+from .cpu_threads import release_team
 from .stop_text import StopText
 from .upstream import Patch, exchange, look_at, refuse
 
@@ -532,6 +533,7 @@ def forward() -> Patch:
         if inputs.is_decoding and seconds < SHORT_STEP:
             result = await work
         else:
+            release_team()
             result = await asyncio.get_running_loop().run_in_executor(worker, run_through, work)
         if inputs.is_decoding:
             seconds = time.perf_counter() - start
@@ -548,4 +550,6 @@ def run_through(coroutine):
             pass
     except StopIteration as done:
         return done.value
+    finally:
+        release_team()
     raise RuntimeError("the forward pass waits for something outside its thread")

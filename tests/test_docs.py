@@ -113,6 +113,8 @@ def fault(words: list[str]) -> str | None:
         module_name, arguments = words[1], words[2:]
         if module_name in OTHERS_MODULES:
             return None
+        if (ROOT / module_name.replace(".", "/") / "__main__.py").is_file():
+            module_name += ".__main__"
     else:
         if not words[0].endswith(".py"):
             return f"{words[0]} is no script"
@@ -150,7 +152,8 @@ def test_the_readme_has_the_commands_of_all_its_stages():
     assert starts >= {"quickstart.sh", "run_tests.sh", "setup.sh", "python -m dataset.starter",
                       "python -m dataset.download", "train_tokenizer.py", "train_pretrain.py",
                       "train_sft.py", "model_chat.py", "evaluate.py",
-                      "convert_to_transformers.py", "lmdeploy_pipeline.py", "lmdeploy_cli.py"}
+                      "convert_to_transformers.py", "lmdeploy_pipeline.py", "lmdeploy_cli.py",
+                      "codeact_pipeline.py", "python -m codeact.internlm3"}
 
 
 @pytest.mark.parametrize("command", [

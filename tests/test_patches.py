@@ -16,7 +16,14 @@ pytest.importorskip("lmdeploy", reason="LMDeploy is published for Linux on x86-6
 from dataset.rows import encode_conversation
 from model import MINI_DIR, YuanMengConfig
 from model.loading import load_tokenizer
-from patches import SUPPORTED, UpstreamChanged, default_device, quantization, upstream
+from patches import (
+    SUPPORTED,
+    UpstreamChanged,
+    cpu_linear,
+    default_device,
+    quantization,
+    upstream,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -363,3 +370,36 @@ def test_the_doctor_says_what_to_do(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "✗ lmdeploy.x takes (a), not (b): LMDeploy 0.19.0" in output
     assert f"! LMDeploy 0.19.0 is installed, {SUPPORTED} is tested" in output
+
+
+# ---- Threads and packed matrices -----------------------------------------------------------------
+
+def test_a_released_team_is_gone_and_comes_again():
+    """In a process of its own, whose threads are all known."""
+    code = """
+import psutil, torch
+from patches.cpu_threads import release_team
+
+torch.set_num_threads(3)
+before = psutil.Process().num_threads()
+for _ in range(2):
+    assert torch.ones(1 << 20).sum() > 0
+    assert psutil.Process().num_threads() == before + 2
+    release_team()
+    assert psutil.Process().num_threads() == before
+"""
+    python(code)
+
+
+@pytest.mark.skipif(not cpu_linear.can_pack(torch.bfloat16), reason="no bfloat16 instructions here")
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_packed_matrix_is_the_same_matrix_until_it_changes(rows):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, 96, generator=generator).bfloat16()
+    linear = cpu_linear.CpuLinear()
+    for _ in range(2):
+        weight = torch.randn(80, 96, generator=generator).bfloat16()
+        linear.update_weights(weight)
+        expected = x.double() @ weight.double().t()
+        torch.testing.assert_close(
+            linear.forward(x, weight).double(), expected, rtol=1e-2, atol=1e-1)

@@ -51,7 +51,7 @@ case "$*" in
         stage=${1#train_} && stage=${stage%.py}
         if [ "${DIES_IN:-}" = "$stage" ] && [ -n "${HANGS:-}" ]; then
             trap 'echo state >out/"$stage"_256.resume.pth; exit 0' INT # saves, ends well
-            echo "step 1" && while true; do sleep 0.1; done
+            echo "step 1" && while [ -e "$CALLS" ]; do sleep 0.1; done
         fi
         mkdir -p out && echo state >"out/${stage}_256.resume.pth"
         if [ "${DIES_IN:-}" = "$stage" ]; then echo "the loss is NaN" >&2 && exit 1; fi
@@ -71,12 +71,12 @@ case "$*" in
             stubborn) trap '' TERM && echo up >"$CALLS.up" ;;
             *) echo up >"$CALLS.up" ;;
         esac
-        while true; do sleep 0.1; done
+        while [ -e "$CALLS" ]; do sleep 0.1; done
         ;;
     "- http://127.0.0.1:23334/v1") [ -e "$CALLS.up" ] ;;
     "- http://127.0.0.1:23334/v1 "*)
         if [ "${SERVER:-}" = forgetful ]; then exit 1; fi
-        if [ -n "${HANGS:-}" ]; then echo waiting && while true; do sleep 0.1; done; fi
+        if [ -n "${HANGS:-}" ]; then echo waiting && while [ -e "$CALLS" ]; do sleep 0.1; done; fi
         echo "the server's answer to $3"
         ;;
 esac
@@ -546,11 +546,15 @@ def test_no_server_is_left_behind(ready, number):
         env=ready.environment(HANGS="1"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    while "waiting" not in (line := flow.stdout.readline()):
-        assert line
-    assert is_running(ready)
-    os.killpg(flow.pid, number)
-    _, errors = flow.communicate()
+    try:
+        while "waiting" not in (line := flow.stdout.readline()):
+            assert line
+        assert is_running(ready)
+        os.killpg(flow.pid, number)
+        _, errors = flow.communicate(timeout=60)
+    finally:
+        if flow.poll() is None:
+            os.killpg(flow.pid, signal.SIGKILL)
     # Whichever the script hears of first, the signal or that the question was not answered.
     assert flow.returncode != 0 and "stage Ⅷ" in errors and "bash quickstart.sh" in errors
     assert not is_running(ready)

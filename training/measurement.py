@@ -19,6 +19,7 @@ class Score:
     Args:
         values: of each item, whether it was right; of each text, the bits it took.
         sizes: of each text, its bytes. Without sizes the score is a rate.
+        unit: of a score with sizes; "steps" a question are its other kind.
         chance: the rate of guessing.
     """
 
@@ -27,10 +28,13 @@ class Score:
     sizes: list[int] | None = None
     chance: float | None = None
     lower_is_better: bool = False
+    unit: str = "bits per byte"
 
     def __post_init__(self):
         if self.sizes:
             self.lower_is_better = True
+        else:
+            self.unit = "rate"
 
     @property
     def value(self) -> float:

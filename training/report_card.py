@@ -15,16 +15,21 @@ ALPHA = 0.05
 COLORS = ("#1f77b4", "#d62728")
 MANY_SUBJECTS = 12  # more of them would drown the chart: it shows their total only
 GUESSING = "guessing"
+LABELS = {
+    "bits per byte": "bits per byte, the fewer the better (95 % interval)",
+    "steps": "pieces of code run for a question (95 % interval)",
+}
 # Fonts that have Chinese characters, on the systems that bring one.
 CHINESE_FONTS = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
 EXPLANATION = (
-    "95 % intervals: Wilson's for rates, the bootstrap over texts for bits per byte. Rates: the "
-    "more the better; replies that loop and bits per byte: the fewer the better.\n"
+    "95 % intervals: Wilson's for rates, the bootstrap over texts for bits per byte and over items "
+    "for steps. Rates: the more the better; replies that loop, bits per byte and steps: the fewer "
+    "the better.\n"
 )
 COMPARISON = (
     "Both checkpoints had the same items. p: McNemar's exact test for rates, the paired sign-flip "
-    "test for bits per byte. So many tests find a difference by chance now and then, so the "
-    "verdict goes by Holm's correction of p for all rows of the table.\n"
+    "test for bits per byte and steps. So many tests find a difference by chance now and then, so "
+    "the verdict goes by Holm's correction of p for all rows of the table.\n"
 )
 
 
@@ -156,20 +161,20 @@ def draw_chart(columns: dict[str, list[Score]], seed: int, path: Path) -> None:
     exams = {name for name in subjects if not name.startswith("bits per byte")}
     hidden = exams if len(exams) > MANY_SUBJECTS else set()
     panels = []
-    for rates in (True, False):
+    for unit in ("rate", *LABELS):
         names = dict.fromkeys(
             score.name for scores in columns.values() for score in scores
-            if (score.sizes is None) == rates and score.name not in hidden
+            if score.unit == unit and score.name not in hidden
         )
         if names:
-            panels.append((list(names), rates))
+            panels.append((list(names), unit))
     heights = [len(names) + 1.5 for names, _ in panels]
     fonts = [font for font in CHINESE_FONTS if font in get_font_names()]
     with matplotlib.rc_context({"font.family": ["DejaVu Sans", *fonts], "font.size": 9}):
         figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.5), layout="constrained")
         all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (names, rates) in zip(all_axes, panels, strict=True):
-            draw_panel(axes, columns, names, rates, seed)
+        for axes, (names, unit) in zip(all_axes, panels, strict=True):
+            draw_panel(axes, columns, names, unit, seed)
         labels = dict(zip(*reversed(all_axes[0].get_legend_handles_labels()), strict=True))
         order = sorted(labels, key=lambda label: label == GUESSING)  # after the checkpoints
         figure.legend(
@@ -181,10 +186,10 @@ def draw_chart(columns: dict[str, list[Score]], seed: int, path: Path) -> None:
 
 
 def draw_panel(
-    axes, columns: dict[str, list[Score]], names: list[str], rates: bool, seed: int
+    axes, columns: dict[str, list[Score]], names: list[str], unit: str, seed: int
 ) -> None:
     """One row per task, from the top; a dot for each checkpoint's score."""
-    scale = 100 if rates else 1
+    scale = 100 if unit == "rate" else 1
     for number, (checkpoint, scores) in enumerate(columns.items()):
         shift = 0.28 * (number - (len(columns) - 1) / 2)
         mine = [score for score in scores if score.name in names]
@@ -217,8 +222,8 @@ def draw_panel(
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    if rates:
+    if unit == "rate":
         axes.set(xlim=(-2, 102), xlabel="% of the items (95 % interval)")
     else:
-        axes.set(xlabel="bits per byte, the fewer the better (95 % interval)")
+        axes.set(xlabel=LABELS[unit])
         axes.set_xlim(left=0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from dataset.records import BrokenData, pick_data, shown
-from dataset.rows import prepare_rows
+from dataset.records import BrokenData, pick_agent_data, pick_data, shown
+from dataset.rows import PackedRows, join_rows, prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
 from model.loading import load_model
 from training.checkpoint import SaveError
@@ -33,7 +33,11 @@ USER_ERRORS = (
     ValueError,
 )
 # What each node may set as it likes; everything else has to be the same on all.
-OWN_SETTINGS = ("data", "strict", "out_dir", "init", "compile", "threads", "tensorboard", "swanlab")
+OWN_SETTINGS = (
+    "data", "agent_data", "strict", "out_dir", "init", "compile", "threads", "tensorboard",
+    "swanlab",
+)
+LONG_ROWS = 1024  # tokens: a question, code, output and answer, and some more of them
 
 
 def run_stage(
@@ -86,17 +90,19 @@ def train_stage(
 ) -> bool:
     """The stage itself, in order; see `run_stage`. Returns whether it was asked to stop."""
     with world.together():
-        fill_in_defaults(settings, recipes)
-        data = pick_data(stage, settings.data, quiet=not world.is_main)
-        arguments = (data, stage, TOKENIZER_DIR, settings.row_length)
+        data = [pick_data(stage, settings.data, quiet=not world.is_main)]
+        if hasattr(settings, "agent_data"):
+            wanted = settings.agent_data or ("none" if settings.data else None)
+            data += pick_agent_data(wanted, quiet=not world.is_main)
+        fill_in_defaults(settings, recipes, LONG_ROWS if len(data) > 1 else 512)
         if world.is_first_on_node:  # it builds the rows, the node's others open them
-            rows = prepare_rows(*arguments, strict=settings.strict)
+            rows = rows_of(data, stage, settings, strict=settings.strict)
     with world.together():
         if not world.is_first_on_node:
-            rows = prepare_rows(*arguments, build=False)
+            rows = rows_of(data, stage, settings, build=False)
         if not len(rows.train):
             length = settings.row_length
-            raise ValueError(f"{data}: is too small to fill one row of {length} tokens")
+            raise ValueError(f"{data[0]}: is too small to fill one row of {length} tokens")
     set_threads(settings.threads, world.local_size)
     device = choose_device(world.local_rank)
     world.must_agree(
@@ -120,7 +126,8 @@ def train_stage(
     millions = model.num_unique_parameters() / 1e6
     say(f"The total number of parameters in the YuanMeng model is: {millions:.3f} million")
     say(
-        f"Training on {shown(data)}: {len(rows.train):,} rows, {rows.train.num_tokens:,} tokens; "
+        f"Training on {' + '.join(str(shown(path)) for path in data)}: {len(rows.train):,} rows, "
+        f"{rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
     if not trainer.resume():
@@ -131,8 +138,21 @@ def train_stage(
     return trainer.stopped
 
 
-def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> None:
+def rows_of(data: list[Path], stage: str, settings: TrainSettings, **options: bool) -> PackedRows:
+    """The rows of the stage's data, those of the agent's conversations among them."""
+    rows, *agent = (
+        prepare_rows(path, stage, TOKENIZER_DIR, settings.row_length, **options) for path in data
+    )
+    return join_rows(rows, agent[0], settings.agent_share) if agent else rows
+
+
+def fill_in_defaults(
+    settings: TrainSettings, recipes: dict[str, Recipe], row_length: int = 512
+) -> None:
     """Replace every `None` that stands for "the preset's" or "the recipe's"; refuse what cannot be.
+
+    Args:
+        row_length: what the data asks for.
 
     Raises:
         ValueError: an option has a value it cannot take.
@@ -149,8 +169,11 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
     reference = settings.recipe == "reference"
     if settings.learning_rate is None:
         settings.learning_rate = recipes[settings.recipe].learning_rate
+    settings.row_length = row_length if settings.row_length is None else settings.row_length
     if settings.batch_size is None:
         settings.batch_size = 16 if settings.preset == "mini" and not reference else 32
+        if settings.row_length >= LONG_ROWS:
+            settings.batch_size //= 2  # the same tokens per step
     if settings.accumulation_steps is None:
         settings.accumulation_steps = 8 if reference else 1
     for name in (
@@ -170,6 +193,9 @@ def fill_in_defaults(settings: TrainSettings, recipes: dict[str, Recipe]) -> Non
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1")
+    share = getattr(settings, "agent_share", None)
+    if share is not None and not 0 < share < 1:
+        raise ValueError("--agent_share must lie between 0 and 1")
     for name in ("learning_rate", "max_minutes", "decay_share"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:

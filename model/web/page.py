@@ -14,6 +14,7 @@ import gradio as gr
 from .client import Answer, AnswerError, ChatClient, Messages, Parameters
 from .running import RunningAnswers, until
 from .texts import LANGUAGES, texts_of
+from .workshop import Failure, Workshop
 
 MAX_TURNS = 200  # of a conversation
 MAX_CHARACTERS = 20_000  # of a message
@@ -26,11 +27,20 @@ SHOWN_AS_TEXT = ["audio", "base", "embed", "form", "iframe", "img", "link", "met
 SECONDS_BETWEEN_UPDATES = 0.05  # of an answer on the screen
 
 
-def build_page(client: ChatClient, language: str) -> gr.Blocks:
-    """The page in "zh" or "en"."""
+def build_page(
+    client: ChatClient, language: str, workshop: Workshop | None = None
+) -> gr.Blocks:
+    """The page in "zh" or "en"; without a workshop it has no agent."""
     texts = texts_of(language)
     with gr.Blocks(title=texts["title"], analytics_enabled=False, fill_height=True) as page:
-        lay_out_chat(page, client, texts, language)
+        if workshop is None:
+            lay_out_chat(page, client, texts, language)
+        else:
+            with gr.Tabs(elem_id="tabs"):
+                with gr.Tab(texts["chat_tab"], elem_classes="filled"):
+                    lay_out_chat(page, client, texts, language)
+                with gr.Tab(texts["agent_tab"], elem_classes="filled"):
+                    lay_out_agent(workshop, texts, language)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=CONCURRENT_ANSWERS)
     return page
 
@@ -177,6 +187,86 @@ def lay_out_chat(
     page.load(greet, None, [header, status], **quiet)
     gr.on([control.change for control in controls], None, controls, None,
           js="yuanmeng.keepParameters", **quiet)
+
+
+def lay_out_agent(workshop: Workshop, texts: dict[str, str], language: str) -> None:
+    """The agent in the current block: what it writes, its code's output, and its answer."""
+    # ---- What is on it -----------------------------------------------------------------------
+    chat = gr.Chatbot(
+        label=texts["agent_tab"], show_label=False, elem_id="agent", height=None,
+        buttons=["copy"], layout="bubble", placeholder=texts["agent_welcome"],
+        allow_tags=SHOWN_AS_TEXT, feedback_options=None, group_consecutive_messages=False,
+        examples=[{"text": texts[f"agent_example_{number}"]} for number in (1, 2)],
+    )
+    with gr.Row(elem_classes="below"):
+        status = gr.HTML(elem_id="agent-status", elem_classes="status")
+        new = gr.Button(texts["new"], size="sm", scale=0, min_width=120)
+    with gr.Row(elem_classes="composer"):
+        box = gr.Textbox(
+            label=texts["message"], show_label=False, placeholder=texts["agent_placeholder"],
+            max_lines=8, max_length=MAX_CHARACTERS, scale=1, container=False,
+            elem_id="agent-message",
+        )
+        send = gr.Button(texts["send"], variant="primary", scale=0, min_width=80)
+        stop = gr.Button(texts["stop"], variant="stop", scale=0, min_width=80, visible=False)
+    asked = gr.State(("", 0.0))  # the question, and when it was asked
+    conversation = gr.State(None)  # codeact's side of it; made with the first question
+
+    # ---- What happens ------------------------------------------------------------------------
+    running = RunningAnswers()
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    buttons = [send, stop]
+    speaking = (gr.update(visible=False), gr.update(visible=True))
+    resting = (gr.update(visible=True), gr.update(visible=False))
+    outputs = [chat, status, conversation, *buttons]
+    nothing = (gr.skip(),) * len(outputs)
+
+    async def add_question(request: gr.Request, text: str, messages: list[dict]):
+        if not text.strip():
+            return (gr.skip(),) * 4
+        await running.stop(request.session_hash)
+        return ("", [*messages, message("user", text)], (text, time.time()),
+                status_html(texts["waiting"]))
+
+    def pick_example(picked: gr.SelectData):
+        text = picked.value["text"]
+        return [message("user", text)], (text, time.time())
+
+    async def stop_answer(request: gr.Request):
+        await running.stop(request.session_hash)
+        return status_html(texts["stopped"]), *resting
+
+    async def start_anew(request: gr.Request, left):
+        """An empty conversation; the process of the one that is left ends."""
+        await running.stop(request.session_hash)
+        if left is not None:
+            await workshop.end(left)
+        return [], "", None, *resting
+
+    async def act(
+        request: gr.Request, asked: tuple[str, float], before: list[dict], kept
+    ) -> AsyncIterator[tuple]:
+        """Show what the agent does as it does it."""
+        with running.begin(request.session_hash) as stopped:
+            yield gr.skip(), status_html(texts["waiting"]), gr.skip(), *speaking
+            steps: list[dict] = []
+            try:
+                kept = kept or await workshop.begin()
+                async for steps in until(stopped, workshop.work(kept, asked[0], language, texts)):
+                    yield [*before, *steps], gr.skip(), kept, *speaking
+                line = status_html(texts["steps"].format(steps=kept.steps, seconds=kept.seconds))
+            except Failure as error:
+                line = error_html(str(error))
+            if stopped.is_set():
+                yield nothing
+            else:
+                yield [*before, *steps], line, kept, *resting
+
+    asked.change(act, [asked, chat, conversation], outputs, **quiet)
+    gr.on([send.click, box.submit], add_question, [box, chat], [box, chat, asked, status], **quiet)
+    chat.example_select(pick_example, None, [chat, asked], **quiet)
+    stop.click(stop_answer, None, [status, *buttons], **quiet)
+    new.click(start_anew, conversation, [chat, status, conversation, *buttons], **quiet)
 
 
 def parameter_controls(texts: dict[str, str]) -> list[gr.components.Component]:

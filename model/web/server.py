@@ -1,6 +1,8 @@
 """The page on a port of this computer, in the language of whoever opens it."""
 import socket
 import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -13,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .client import ChatClient, is_loopback
 from .page import build_page
 from .texts import LANGUAGES, preferred_language
+from .workshop import Workshop
 
 HERE = Path(__file__).parent
 SECONDS_TO_STOP = 3  # after Ctrl-C, for answers that still come
@@ -44,9 +47,19 @@ class ContentSecurityPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-def build_app(client: ChatClient, language: str | None = None) -> FastAPI:
-    """The page at /zh/ and /en/; / leads to `language`, or to the browser's own."""
-    app = FastAPI(openapi_url=None)
+def build_app(
+    client: ChatClient, language: str | None = None, workshop: Workshop | None = None
+) -> FastAPI:
+    """The page at /zh/ and /en/; / leads to `language`, or to the browser's own. The workshop is
+    where the agent's code runs; it is closed with the server."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if workshop is not None:
+            await workshop.close()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
 
     app.add_middleware(ContentSecurityPolicy)
 
@@ -57,7 +70,7 @@ def build_app(client: ChatClient, language: str | None = None) -> FastAPI:
 
     for name in LANGUAGES:
         gr.mount_gradio_app(
-            app, build_page(client, name), f"/{name}", footer_links=[], show_error=False,
+            app, build_page(client, name, workshop), f"/{name}", footer_links=[], show_error=False,
             max_file_size="1kb", css_paths=HERE / "page.css",
             head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
             theme=gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE),
@@ -68,10 +81,12 @@ def build_app(client: ChatClient, language: str | None = None) -> FastAPI:
 def serve(
     api_server_url: str, *, server_name: str = "127.0.0.1", server_port: int = 6006,
     api_key: str | None = None, model_name: str | None = None, language: str | None = None,
+    tools: Sequence = (),
 ) -> None:
-    """Serve the page until Ctrl-C. Exits with one line if it cannot."""
+    """Serve the page until Ctrl-C; `tools` are the agent's. Exits with one line if it cannot."""
     try:
-        app = build_app(ChatClient(api_server_url, api_key, model_name), language)
+        client = ChatClient(api_server_url, api_key, model_name)
+        app = build_app(client, language, Workshop(client.url, tools, api_key, model_name))
         listener = socket.create_server((server_name, server_port))
     except ValueError as error:
         sys.exit(f"serve gradio: {error}")

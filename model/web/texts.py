@@ -36,6 +36,22 @@ TABLE = {
     "repetition_penalty_info": ("大于 1 少说重复的话", "above 1: says the same less often"),
     "seed": ("随机种子", "Seed"),
     "seed_info": ("留空则每次不同", "empty: different each time"),
+    # The agent
+    "chat_tab": ("对话", "Chat"),
+    "agent_tab": ("代码智能体", "Agent"),
+    "agent_welcome": (
+        "### 写代码来解决问题\n它写 Python，在沙箱里运行，看到输出再回答。",
+        "### It solves problems by writing code\n"
+        "It writes Python, runs it in a sandbox, and answers when it has seen the output.",
+    ),
+    "agent_placeholder": ("要解决什么问题？", "What is to be solved?"),
+    "agent_example_1": (
+        "求 f(x)=x·ln(x) 在 x=π 处的导数，请直接使用 derivative()。",
+        "Calculate the derivative of f(x)=x·ln(x) at x=π with derivative().",
+    ),
+    "agent_example_2": ("1000 以内所有质数的和是多少？", "What is the sum of the primes below 1000?"),
+    "output": ("System Message：代码的输出", "System Message: what the code printed"),
+    "steps": ("运行了 {steps} 次代码 · {seconds:.1f} 秒", "code was run {steps} times · {seconds:.1f} s"),
     # The line under the conversation
     "waiting": ("正在想……", "Thinking…"),
     "stopped": ("已停止。", "Stopped."),

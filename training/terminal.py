@@ -30,8 +30,8 @@ def use_utf8() -> None:
         import readline  # noqa: F401
 
 
-def talk(chat: Chat) -> None:
-    """Read questions and print answers until the input ends."""
+def talk(chat: Chat, mark: str = "🤖: ") -> None:
+    """Read questions and print answers, each after the mark, until the input ends."""
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -54,7 +54,7 @@ def talk(chat: Chat) -> None:
                 print(f"🤔: {text}")
             speed = "interrupted"
             try:
-                print("🤖: ", end="", flush=True)
+                print(mark, end="", flush=True)
                 speed = chat.reply(text, lambda piece: print(piece, end="", flush=True))
             except KeyboardInterrupt:
                 if not interactive:
