@@ -70,5 +70,6 @@ def read_installed() -> dict | None:
 
 def version() -> str:
     """Changes with all that decides what is built."""
-    recipe = json.dumps([PYODIDE, PYODIDE_FILES, WHEELS, PRELOAD, WARM_UP]) + BUILD.read_text("utf-8")
+    recipe = json.dumps([PYODIDE, PYODIDE_FILES, WHEELS, PRELOAD, WARM_UP])
+    recipe += BUILD.read_text("utf-8")
     return hashlib.sha256(recipe.encode()).hexdigest()

@@ -71,7 +71,8 @@ def test_a_wheel_is_added_in_one_line_and_stays(elsewhere, capsys):
 
     async def main():
         async with Sandbox(spare=False) as sandbox:
-            return await sandbox.run("import tiny, sympy\ntiny.VALUE"), await sandbox.run("import np")
+            return [await sandbox.run(code) for code in (
+                "import tiny, sympy\ntiny.VALUE", "import np")]
 
     good, missing = asyncio.run(main())
     assert good.output == "42\n" and missing.error.endswith("library and mpmath, sympy, tiny.")
