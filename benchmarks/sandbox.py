@@ -75,7 +75,7 @@ async def measure(settings: Settings) -> None:
             seconds.append(time.perf_counter() - began)
             await sandbox.end(str(number))
         report("ours: ready, no spare process", seconds)
-        report("ours: first step with sympy", [await timed(sandbox, SYMPY)])
+        report("ours: ready, step with sympy", [await timed(sandbox, SYMPY)])
         report("ours: warm step", [await timed(sandbox, STEP) for _ in range(settings.steps)])
         report("ours: warm step with sympy", [await timed(sandbox, SYMPY) for _ in range(100)])
         calls = "for i in range(100): echo(i)"

@@ -1,5 +1,5 @@
-// What langchain-sandbox's own script does for one call, with the wheels placed, so that it needs no
-// network: start Pyodide from its files, unpack the wheels, run the code, print JSON, exit.
+// What langchain-sandbox's own script does for one call, with the wheels placed, so that it needs
+// no network: start Pyodide from its files, unpack the wheels, run the code, print JSON, exit.
 const [pyodide, code, ...wheels] = Deno.args;
 const { loadPyodide } = await import("file://" + pyodide + "/pyodide.mjs");
 const printed = [];

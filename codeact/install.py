@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeact.runtime import (
-    BUILD, PACKAGE, PRELOAD, PYODIDE, PYODIDE_FILES, RUNTIME, WHEELS, InstallError,
-    check_installed, find_deno, read_installed, version,
+    BUILD, PACKAGE, PRELOAD, PYODIDE, PYODIDE_FILES, RUNTIME, WARM_UP, WHEELS,
+    InstallError, check_installed, find_deno, read_installed, version,
 )
 from training.settings import option, parse_settings
 
@@ -146,7 +146,7 @@ def build(deno: str, new: Path) -> None:
     run = [deno, "run", "--quiet", "--no-prompt", "--no-config", "--no-lock", "--no-remote",
            f"--allow-read={new},{BUILD.parent}", f"--allow-write={out}", str(BUILD)]
     wheels = [str(path) for path in sorted((new / "wheels").iterdir())]
-    for order in ({"wheels": wheels}, {"preload": PRELOAD}):
+    for order in ({"wheels": wheels}, {"preload": PRELOAD, "warmUp": WARM_UP}):
         settings = json.dumps({"pyodide": pyodide, "out": out, **order})
         command([*run, settings], "Pyodide could not be started, which needs 2 GB of memory")
 

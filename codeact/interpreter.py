@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from codeact.limits import Limits
 from codeact.process import Process, ProcessEnded, has_second_layer
 from codeact.runtime import InstallError, check_installed
-from codeact.tools import Tool, ToolFailure
+from codeact.tools import Tool, ToolFailure, ToolThread
 
 TICK = 0.05  # seconds between two looks at the clock and the memory
 
@@ -37,6 +37,7 @@ class Interpreter:
     def __init__(self, tools: Mapping[str, Tool], limits: Limits):
         self.tools, self.limits = tools, limits
         self.process: Process | None = None
+        self.thread = ToolThread()
         self.steps = 0
         self.tool_time, self.tool_started = 0.0, None  # of this step
 
@@ -89,6 +90,7 @@ class Interpreter:
 
     def kill(self) -> None:
         """End the process; it is gone when this returns."""
+        self.thread.end()
         if self.process is not None:
             self.process.kill()
 
@@ -195,4 +197,4 @@ class Interpreter:
         tool = self.tools.get(name) if isinstance(name, str) else None
         if tool is None or not isinstance(args, list) or not isinstance(kwargs, dict):
             raise ToolFailure("NameError", f"there is no tool {str(name)[:50]!r}")
-        return await tool.call(args, kwargs, self.limits.tool_seconds)
+        return await tool.call(args, kwargs, self.limits.tool_seconds, self.thread)

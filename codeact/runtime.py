@@ -24,6 +24,13 @@ PRELOAD = [
     "json", "linecache", "math", "operator", "pprint", "random", "re", "statistics", "string",
     "sympy", "textwrap", "time", "traceback", "types", "typing", "unicodedata", "zoneinfo",
 ]
+# Executed in it too: sympy imports most of itself, and fills its tables, only when first used.
+WARM_UP = """
+from sympy import Symbol, diff, integrate, limit, log, simplify, sin, solve
+x = Symbol("x")
+diff(x * log(x), x), integrate(x * log(x), x), limit(sin(x) / x, x, 0), solve(x**2 - 2, x)
+simplify(sin(x)**2 + sin(x)**2)
+"""
 PACKAGE = Path(__file__).parent
 RUNTIME = PACKAGE / ".runtime"
 BUILD = PACKAGE / "runner/build.js"
@@ -63,5 +70,6 @@ def read_installed() -> dict | None:
 
 def version() -> str:
     """Changes with all that decides what is built."""
-    recipe = json.dumps([PYODIDE, PYODIDE_FILES, WHEELS, PRELOAD]) + BUILD.read_text("utf-8")
+    recipe = json.dumps([PYODIDE, PYODIDE_FILES, WHEELS, PRELOAD, WARM_UP])
+    recipe += BUILD.read_text("utf-8")
     return hashlib.sha256(recipe.encode()).hexdigest()

@@ -13,6 +13,8 @@ import datetime
 import functools
 import inspect
 import json
+import queue
+import re
 import sys
 import textwrap
 import threading
@@ -40,6 +42,64 @@ class ToolFailure(Exception):
         self.kind, self.message = kind, message
 
 
+class ToolThread:
+    """Runs the calls of one conversation in a thread. A daemon: a call that hangs does not hold up
+    the end of the program, as one in a pool would; the next call then gets a new thread."""
+
+    def __init__(self):
+        self.calls: queue.SimpleQueue | None = None  # of the thread that is free
+
+    async def run(self, call: Callable[[], Any]) -> Any:
+        """The call's result, or what it raised."""
+        if self.calls is None:
+            self.calls = queue.SimpleQueue()
+            threading.Thread(target=work, args=(self.calls,), daemon=True, name="tools").start()
+        calls, self.calls = self.calls, None
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future = loop.create_future()
+        calls.put((loop, future, functools.partial(contextvars.copy_context().run, call)))
+        try:
+            result = await future
+        finally:
+            if future.done() and not future.cancelled():
+                self.calls = calls
+            else:
+                calls.put(None)  # ends once the call has
+        return result
+
+    def end(self) -> None:
+        if self.calls is not None:
+            self.calls.put(None)
+            self.calls = None
+
+
+def work(calls: queue.SimpleQueue) -> None:
+    """What the thread does, until it gets None."""
+    while (job := calls.get()) is not None:
+        loop, future, call = job
+        try:
+            settle, value = set_result, call()
+        except StopIteration as error:  # a future refuses it
+            settle, value = set_exception, RuntimeError(f"StopIteration: {error}")
+        except BaseException as error:
+            settle, value = set_exception, error
+        try:
+            loop.call_soon_threadsafe(settle, future, value)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            pass
+        del job, future, call, value  # not kept until the next call
+
+
+def set_result(future: asyncio.Future, value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def set_exception(future: asyncio.Future, error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """A tool in the one form that the sandbox knows."""
@@ -55,7 +115,7 @@ class Tool:
         """What the process is told of it."""
         return {"name": self.name, "description": self.description, "source": self.source}
 
-    async def call(self, args: list, kwargs: dict, seconds: float) -> Any:
+    async def call(self, args: list, kwargs: dict, seconds: float, thread: ToolThread) -> Any:
         """The result as plain data. Raises `ToolFailure`; it names no frame of the host."""
         if self.bind is None:
             raise ToolFailure("NameError", f"there is no tool {self.name!r}")
@@ -63,7 +123,7 @@ class Tool:
             call = self.bind(args, kwargs)
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolFailure("TypeError", message_of(error)) from None
-        work = asyncio.ensure_future(self.result(call))
+        work = asyncio.ensure_future(self.result(call, thread))
         try:
             await asyncio.wait({work}, timeout=seconds)
             if not work.done():
@@ -80,41 +140,14 @@ class Tool:
         finally:
             work.cancel()
 
-    async def result(self, call: Callable[[], Any]) -> Any:
-        value = call() if self.asynchronous else await in_thread(call)
+    async def result(self, call: Callable[[], Any], thread: ToolThread) -> Any:
+        value = call() if self.asynchronous else await thread.run(call)
         if inspect.isawaitable(value):
             value = await value
         try:
             return json.loads(json.dumps(value, default=plain))
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolFailure("TypeError", f"its result is no plain data: {error}") from None
-
-
-async def in_thread(call: Callable[[], Any]) -> Any:
-    """The call's result. A thread of its own, a daemon: one that hangs holds up nobody, and not
-    the end of the program either, as one of a pool would."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(outcome, value):
-        if not future.done():
-            outcome(value)
-
-    def work():
-        try:
-            outcome, value = future.set_result, context.run(call)
-        except StopIteration as error:  # a future refuses it
-            outcome, value = future.set_exception, RuntimeError(f"StopIteration: {error}")
-        except BaseException as error:
-            outcome, value = future.set_exception, error
-        try:
-            loop.call_soon_threadsafe(settle, outcome, value)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            pass
-
-    threading.Thread(target=work, daemon=True, name="tool").start()
-    return await future
 
 
 def message_of(error: BaseException) -> str:
@@ -187,18 +220,42 @@ def describe(tool: ToolLike) -> str:
 
 
 def description_of(name: str, signature: str, documentation: str | None) -> str:
+    """Valid Python, since a prompt may take it apart as such."""
     lines = [f"def {name}{signature}:"]
     if documentation:
-        lines.append(textwrap.indent(f'"""{documentation.strip()}"""', "    "))
+        text = documentation.strip().replace("\\", "\\\\").replace('"""', "'''")
+        text = text[:-1] + '\\"' if text.endswith('"') else text
+        lines.append(textwrap.indent(f'"""{text}"""', "    "))
     else:
         lines.append("    ...")
     return "\n".join(lines)
 
 
 def readable(signature: inspect.Signature) -> str:
-    """The signature without modules' names: `date`, not `datetime.date`."""
-    text = str(signature).replace("typing.", "").replace("datetime.", "")
-    return text.replace("collections.abc.", "").replace("'", '"')
+    """The signature without modules' names: `date`, not `datetime.date`; valid Python."""
+    text = re.sub(r"\b(typing|datetime|collections\.abc)\.", "", str(signature))
+    if is_python(text):
+        return text
+    plain_parameters = [
+        parameter.replace(annotation=parameter.empty, default=default_of(parameter))
+        for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain_parameters,
+                                 return_annotation=signature.empty))
+
+
+def default_of(parameter: inspect.Parameter) -> Any:
+    """Its default, or an ellipsis for one whose form is no Python: `<object object>`."""
+    if parameter.default is parameter.empty or is_python(f"(a={parameter.default!r})"):
+        return parameter.default
+    return ...
+
+
+def is_python(signature: str) -> bool:
+    try:
+        ast.parse(f"def f{signature}: ...")
+    except SyntaxError:
+        return False
+    return True
 
 
 # ---- Tools that run on the host -----------------------------------------------------------------

@@ -3,6 +3,7 @@
 One sandbox serves all tests that leave its process alone; each test has a conversation of its own
 where it must not see another's variables. Attacks are in test_sandbox_attacks.py.
 """
+import ast
 import asyncio
 import dataclasses
 import math
@@ -176,7 +177,8 @@ def with_sandbox(work, tools=(), **limits):
     ("import sys\nprint(1)\nprint(2, file=sys.stderr)\nprint(3)", "1\n2\n3\n"),
     ("import warnings\nwarnings.warn('careful')", None),  # on stderr, and no error
     ("1 + 1", "2\n"), ("x = 3\nx", "3\n"), ("None", ""), ("x = 1", ""), ("'é'; 'ß'", "'ß'\n"),
-    ("", ""), ("# nothing", ""), ("print('中文 🤖')", "中文 🤖\n"), ("print('\\ud800')", "\\ud800\n"),
+    ("", ""), ("# nothing", ""), ("print('中文 🤖')", "中文 🤖\n"),
+    ("print('\\ud800')", "\\ud800\n"),
     ("print('no newline', end='')", "no newline"),
     ("float('nan'), float('inf')", "(nan, inf)\n"),  # crashed the reference
     ("import sys\nsys.exit()", ""), ("exit(0)", ""),
@@ -250,7 +252,8 @@ def test_an_error_in_a_library_shows_no_frames_of_it(error, run):
 
 
 def test_causes_are_shown(run):
-    text = run("try:\n    1/0\nexcept ZeroDivisionError as e:\n    raise ValueError('v') from e").error
+    text = run("try:\n    1/0\nexcept ZeroDivisionError as e:\n"
+               "    raise ValueError('v') from e").error
     assert "ZeroDivisionError: division by zero" in text and "direct cause" in text
 
 
@@ -377,7 +380,8 @@ def test_python_memory_is_capped_and_its_variables_are_kept():
     async def work(sandbox):
         await sandbox.run("x = 1")
         return await sandbox.run("y = bytearray(300 << 20)"), await sandbox.run(
-            "z = bytearray(50 << 20)\nx"), await sandbox.run("q = []\nwhile True: q.append('a' * 2**20)")
+            "z = bytearray(50 << 20)\nx"), await sandbox.run(
+                "q = []\nwhile True: q.append('a' * 2**20)")
 
     big, small, slow = with_sandbox(work, memory=200 << 20)
     assert big.error.splitlines()[-1] == "MemoryError" and not big.state_lost
@@ -602,15 +606,19 @@ def test_a_tool_that_takes_a_function_brings_what_it_uses(output):
     ("weather('北京')", "{'city': '北京', 'days': 3, 'detailed': False}"),
     ("weather(days=5, city='x', detailed=True)", "{'city': 'x', 'days': 5, 'detailed': True}"),
     ("weather('x', '4')['days']", "4"),  # as pydantic converts
-    ("double(4)", "8.0"), ("await double(4)", "8.0"), ("[await double(i) for i in (1, 2)]", "[2.0, 4.0]"),
+    ("double(4)", "8.0"), ("await double(4)", "8.0"),
+    ("[await double(i) for i in (1, 2)]", "[2.0, 4.0]"),
     ("async def f():\n    return await double(1) + double(2)\nawait f()", "6.0"),
     ("add(1, 2, c=3)", "6"), ("gcd(12, 18)", "6"),
     ("order('tea', 2)", "'2 x tea'"), ("order(item='tea')", "'1 x tea'"),
     ("await search('words', limit=3)", "\"{'query': 'words', 'limit': 3}\""),
-    ("echo(2**80)", str(2**80)), ("echo((1, [2.5, None, True, 'x']))", "[1, [2.5, None, True, 'x']]"),
-    ("echo({3, 1, 2})", "[1, 2, 3]"), ("echo(float('inf'))", "inf"), ("echo({'a': {'b': 1}})", "{'a': {'b': 1}}"),
+    ("echo(2**80)", str(2**80)),
+    ("echo((1, [2.5, None, True, 'x']))", "[1, [2.5, None, True, 'x']]"),
+    ("echo({3, 1, 2})", "[1, 2, 3]"), ("echo(float('inf'))", "inf"),
+    ("echo({'a': {'b': 1}})", "{'a': {'b': 1}}"),
     ("import datetime\necho(datetime.date(2024, 1, 2))", "'2024-01-02'"),
-    ("import fractions, decimal\necho([fractions.Fraction(1, 4), decimal.Decimal('0.5')])", "[0.25, 0.5]"),
+    ("import fractions, decimal\necho([fractions.Fraction(1, 4), decimal.Decimal('0.5')])",
+     "[0.25, 0.5]"),
     ("import sympy\necho([sympy.Integer(3), sympy.pi.evalf(5)])[0]", "3"),
     ("echo('\\ud800 \\x00 🤖 \\u2028') == '\\ud800 \\x00 🤖 \\u2028'", "True"),
     ("echo(value=range(3))", "[0, 1, 2]"),
@@ -735,6 +743,19 @@ def test_tools_are_described_as_the_prompt_shows_them():
     assert describe(add) == "def add(*numbers: int, **named: int) -> int:\n    ..."
 
 
+NOTHING = object()
+
+
+def documented(path: str = "C:\\new", mark=NOTHING) -> "list[Path]":
+    """Says \\n, \"\"\" and "quoted\""""
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, documented])
+def test_a_description_is_python(tool):
+    tree = ast.parse(describe(tool))
+    assert isinstance(tree.body[0], ast.FunctionDef) and len(tree.body) == 1
+
+
 def test_the_tools_of_an_mcp_server(tmp_path):
     """A real server on stdio, through langchain-mcp-adapters."""
     from langchain_mcp_adapters.client import MultiServerMCPClient
@@ -777,7 +798,8 @@ def test_the_class_of_langchain_sandbox():
     first, second, failed, late, small = asyncio.run(main())
     assert (first.status, first.stdout, first.stderr) == ("success", "hello\nyou\n", None)
     assert second.stdout == "3\n" and not second.session_metadata["state_lost"]
-    assert failed.status == "error" and failed.stderr.endswith("ZeroDivisionError: division by zero")
+    assert failed.status == "error"
+    assert failed.stderr.endswith("ZeroDivisionError: division by zero")
     assert "TimeoutError" in late.stderr and small.stderr.endswith("MemoryError")
     assert processes() <= before
     with pytest.raises(ValueError, match="allow_net: this sandbox gives no permissions"):

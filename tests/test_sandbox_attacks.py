@@ -111,7 +111,8 @@ BLOCKED = {
     "a database attached": "const { DatabaseSync } = await import('node:sqlite');"
                            "new DatabaseSync(':memory:').exec(`attach '/tmp/codeact-attack' as a;"
                            "create table a.b(c)`); return 'attached'",
-    "the heap to a file": "return (await import('node:v8')).writeHeapSnapshot('/tmp/codeact-attack')",
+    "the heap to a file":
+        "return (await import('node:v8')).writeHeapSnapshot('/tmp/codeact-attack')",
     "the environment": "return JSON.stringify(Deno.env.toObject())",
     "a process": "return new Deno.Command('id').outputSync().stdout",
     "a process of node": "return (await import('node:child_process')).execSync('id')",
@@ -318,7 +319,8 @@ def test_stealing_the_hosts_input_stalls_only_the_thief(alone):
     "{ event: 'done', output: 'x'.repeat(1e7), total: 1, error: 'y'.repeat(1e7) }",
     "{ event: 'done', output: { toString: 1 }, total: 'x', error: {} }",
     "{ event: 'call', call: 3 }", "{ event: 'call', call: 'not json' }", "{ event: 'ready' }",
-    "{ event: 'call', call: '['.repeat(1e6) }", "{ event: 'constructor' }", "{ event: '__proto__' }",
+    "{ event: 'call', call: '['.repeat(1e6) }", "{ event: 'constructor' }",
+    "{ event: '__proto__' }",
     "null", "3", "{ event: ['done'] }", "{ event: 'call', call: 'x'.repeat(5e6) }",
 ])
 def test_forged_messages_of_the_worker_harm_only_their_own_step(alone, message):
@@ -334,7 +336,8 @@ def test_the_worker_can_end_only_its_own_process(alone):
 @pytest.mark.parametrize("request_text", [
     '{"tool": "secret", "args": [], "kwargs": {}}',
     '{"tool": "os.system", "args": ["touch /tmp/codeact-attack"], "kwargs": {}}',
-    '{"tool": "__class__", "args": [], "kwargs": {}}', '{"tool": ["greet"], "args": [], "kwargs": {}}',
+    '{"tool": "__class__", "args": [], "kwargs": {}}',
+    '{"tool": ["greet"], "args": [], "kwargs": {}}',
     '{"tool": null, "args": [], "kwargs": {}}', '{"tool": "greet"}', '{}', '[]', '3', 'null', '',
     '{"tool": "greet", "args": {}, "kwargs": {}}', '{"tool": "greet", "args": [], "kwargs": []}',
     '{"tool": "greet", "args": ["a", "many"], "kwargs": {}}',
@@ -379,7 +382,8 @@ def test_a_step_that_does_not_end_is_ended(alone, code):
 @pytest.mark.parametrize("code", [
     "'x' * 10**10", "x = 'x'\nwhile True: x += x", "list(range(10**9))", "bytearray(2**31 - 1)",
     js("const all = []; for (;;) all.push(new Uint8Array(2 ** 26).fill(1))"),
-    js("const all = []; for (;;) all.push(new WebAssembly.Memory({ initial: 1000 }).buffer.slice())"),
+    js("const all = []; for (;;)"
+       "all.push(new WebAssembly.Memory({ initial: 1000 }).buffer.slice())"),
     js("const all = []; for (;;) all.push({ text: Math.random() })"),
     js("for (;;) self.postMessage(new Uint8Array(2 ** 24))"),
     js("const url = 'data:text/javascript,' + encodeURIComponent('const a = []; for (;;) a.push("

@@ -1,8 +1,9 @@
 // The part of the install step that needs Pyodide; codeact/install.py calls it, twice:
 //   deno run … build.js '{"pyodide": …, "out": …, "wheels": [PATH, …]}'    wheels to OUT/NAME.zip
-//   deno run … build.js '{"pyodide": …, "out": …, "preload": [NAME, …]}'   OUT/snapshot.bin
+//   deno run … build.js '{"pyodide": …, "out": …, "preload": [NAME, …], "warmUp": CODE}'
+//                    OUT/snapshot.bin
 // It runs before any model's code exists, so it may read, and write OUT.
-const { pyodide, out, wheels, preload } = JSON.parse(Deno.args[0]);
+const { pyodide, out, wheels, preload, warmUp } = JSON.parse(Deno.args[0]);
 const { loadPyodide } = await import("file://" + encodeURI(pyodide) + "/pyodide.mjs");
 const python = await loadPyodide({
   indexURL: pyodide + "/",
@@ -49,6 +50,7 @@ function takeSnapshot() {
     }
   }
   python.runPython(preload.map((name) => `import ${name}; del ${name}`).join("\n"));
+  python.runPython(warmUp, { globals: python.toPy({}) });
   python.runPython("import gc; gc.collect(); del gc");
   Deno.writeFileSync(`${out}/snapshot.bin`, python.makeMemorySnapshot());
 }

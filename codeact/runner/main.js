@@ -43,7 +43,10 @@ function answer(text) {
   Atomics.notify(state, 0);
 }
 
-const answerError = (error) => { waiting = true; answer(JSON.stringify({ error, kind: "ToolError" })); };
+function answerError(error) {
+  waiting = true;
+  answer(JSON.stringify({ error, kind: "ToolError" }));
+}
 
 // ---- The worker --------------------------------------------------------------------------------
 let worker;
@@ -57,8 +60,9 @@ function startWorker() {
   worker.onmessage = ({ data }) => {
     if (Object.hasOwn(fromWorker, data?.event)) fromWorker[data.event](data);
   };
-  const snapshot = Deno.readFileSync(settings.built + "/snapshot.bin");
-  const wheels = settings.wheels.map((name) => [name, Deno.readFileSync(`${settings.built}/${name}`)]);
+  const bytesOf = (name) => Deno.readFileSync(`${settings.built}/${name}`);
+  const wheels = settings.wheels.map((name) => [name, bytesOf(name)]);
+  const snapshot = bytesOf("snapshot.bin");
   const handedOver = [snapshot, ...wheels.map(([, bytes]) => bytes)].map((bytes) => bytes.buffer);
   worker.postMessage({
     kind: "load", interrupt, state, reply,

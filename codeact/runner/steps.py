@@ -122,8 +122,9 @@ def prepare(tools: str, limit: int, recursion: int, packages: str, seed: str) ->
     random.seed(seed)  # the snapshot gave every process the same
     sys.setrecursionlimit(recursion)
     sys.set_int_max_str_digits(100_000)
-    sys.meta_path[:] = [finder for finder in sys.meta_path
-                        if "pyodide" not in type(finder).__module__ or "Js" in type(finder).__name__]
+    sys.meta_path[:] = [finder for finder in sys.meta_path  # without Pyodide's advice to download
+                        if type(finder).__module__.partition(".")[0] not in ("pyodide", "_pyodide")
+                        or "Js" in type(finder).__name__]
     sys.modules["__main__"] = main
     main.__dict__.update(__builtins__=builtins, ToolError=ToolError)
     builtins.input = no_input
