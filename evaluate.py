@@ -16,7 +16,6 @@ have 95 % intervals; two checkpoints are compared item by item (training/signifi
     python evaluate.py --task codeact --base_url http://127.0.0.1:23333/v1
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.tasks import AGENT, AGENT_MAKER, EXAM, draw, read_exams, read_tasks
+from dataset.tasks import AGENT, draw, read_items
 from model.endpoint import Endpoint
 from model.loading import find_weights
 from model.scoring import Checkpoint
@@ -78,34 +77,6 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
 
 
-def read_items(settings: Settings) -> tuple[dict[str, list[dict]], list[str]]:
-    """The items to measure by task, and what the report must say about them."""
-    wanted = settings.tasks.split(",")
-    tasks, notes = {}, []
-    if wanted != [AGENT]:
-        path = Path(settings.data)
-        tasks = read_tasks(path)
-        notes = [f"data: {path} (SHA-256 {digest(path)})"]
-    if settings.exam_dir:
-        folder = Path(settings.exam_dir)
-        tasks[EXAM], left_out = read_exams(folder)
-        notes += [f"exam_dir: {folder} (SHA-256 {digest(*sorted(folder.rglob('*.csv')))})"]
-        notes += left_out
-    if AGENT in wanted:
-        path = Path(settings.agent_data)
-        tasks |= read_tasks(path, AGENT_MAKER)
-        notes += [f"agent_data: {path} (SHA-256 {digest(path)})"]
-    wanted = list(tasks) if settings.tasks == "all" else wanted
-    for name in wanted:
-        if name not in tasks:
-            raise ValueError(f"--tasks {name}: {settings.data} holds {', '.join(tasks)}")
-    return {name: draw(tasks[name], settings.limit, settings.seed) for name in wanted}, notes
-
-
-def digest(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def open_checkpoint(where: str | None, settings: Settings) -> Checkpoint | Endpoint:
     """The model at a path or URL; by default the one model_chat.py would talk to."""
     if where and where.startswith(URL):
@@ -130,8 +101,13 @@ def measure(
         elif kind == "choice":
             scores += score_choices(checkpoint, name, items)
         elif kind == "agent":
-            found, runs = measure_with_sandbox(checkpoint, items, settings)
+            from codeact_pipeline import tools  # here, for the agent takes seconds to load
+            from training.agent_measurement import measure_agent
+
+            found, runs = measure_agent(items, checkpoint.source, settings.api_key, tools,
+                                        settings.agent_steps, settings.agent_conversations)
             scores += found
+            runs = [{"model": checkpoint.name, **run} for run in runs]
         else:
             score, replies = judge_replies(checkpoint, name, items, settings.max_new_tokens)
             scores.append(score)
@@ -144,30 +120,16 @@ def measure(
     return scores, chats + runs
 
 
-def measure_with_sandbox(
-    endpoint: Endpoint, items: list[dict], settings: Settings
-) -> tuple[list[Score], list[dict]]:
-    """The agent's scores and runs."""
-    from codeact.install import InstallError  # here, for all this takes seconds to load
-    from codeact.sandbox import SandboxError
-    from codeact_pipeline import tools
-    from training.agent_measurement import measure_agent
-
-    try:
-        scores, runs = measure_agent(items, endpoint.source, settings.api_key, tools,
-                                     settings.agent_steps, settings.agent_conversations)
-    except (InstallError, SandboxError) as error:
-        raise ValueError(str(error)) from error
-    return scores, [{"model": endpoint.name, **run} for run in runs]
-
-
 def main() -> None:
     settings = parse_settings(Settings)
     columns: dict[str, list[Score]] = {}
     chats: list[dict] = []
     try:
         check(settings)
-        tasks, notes = read_items(settings)
+        exams = Path(settings.exam_dir) if settings.exam_dir else None
+        tasks, notes = read_items(settings.tasks.split(","), Path(settings.data),
+                                  Path(settings.agent_data), exams)
+        tasks = {task: draw(items, settings.limit, settings.seed) for task, items in tasks.items()}
         names = ("tasks", "limit", "seed", "max_new_tokens", "batch_size")
         notes.append(", ".join(f"{name}: {getattr(settings, name)}" for name in names))
         models = [settings.base_url or settings.model]

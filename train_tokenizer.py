@@ -32,7 +32,8 @@ from training.tokenizer_report import find_faults, print_report, text_kind
 
 @dataclass
 class Settings:
-    data: list[str] = field(default_factory=list, metadata={"help": "JSONL files; else those found"})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files; else those found"})
     vocab_size: int = field(default=6400, metadata={"help": "entries, special tokens included"})
     sample_mb: float = field(default=32, metadata={"help": "text to train on; 1 takes 70 MB RAM"})
     latin_weight: int = field(default=2, metadata={"help": "how often code and English count"})

@@ -1,8 +1,8 @@
 """What the agent itself takes for a step, beside the model's time.
 
 A stand-in model in a process of its own streams the same steps, at a set pace, to the plain
-`openai` client and to the agent, in turn; the sandbox answers at once. What the agent takes longer is its
-own: the graph, the checkpoint, the fence parser, LangChain's way of reading a stream.
+`openai` client and to the agent, in turn; the sandbox answers at once. What the agent takes longer
+is its own: the graph, the checkpoint, the fence parser, LangChain's way of reading a stream.
 
     python -m benchmarks.agent
     python -m benchmarks.agent --tokens_per_second 50 --rounds 5

@@ -135,7 +135,8 @@ def llama_cpp(file: Path) -> Callable[[int, int, int], None]:
         if llama.llama_decode(context, batch_data):
             raise RuntimeError("llama.cpp refuses the batch")
         return [
-            int(np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), (vocabulary,)).argmax())
+            int(np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i),
+                                      (vocabulary,)).argmax())
             for i, (*_, wanted) in enumerate(tokens) if wanted
         ]
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from benchmarks.loopback import JsonHandler
 
 MODEL = "scripted/model"
 PIECE = re.compile(r"\s*\S{1,4}|\s+")  # about as long as a token
@@ -35,7 +37,7 @@ class Script:
     left: threading.Event = field(default_factory=threading.Event)  # a client went away early
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     protocol_version = "HTTP/1.1"  # with chunks, so that an end is told from a break
 
     def do_GET(self) -> None:
@@ -62,10 +64,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def stream(self, reply: Reply, pieces_per_second: float | None) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.begin_stream()
         start = time.perf_counter()
         for number, piece in enumerate(pieces_of(reply)):
             if number == reply.break_after:
@@ -82,22 +81,6 @@ class Handler(BaseHTTPRequestHandler):
         content = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": MODEL,
                    "choices": [choice]}
         self.chunk(f"data: {json.dumps(content)}\n\n")
-
-    def chunk(self, text: str) -> None:
-        data = text.encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self.wfile.flush()
-
-    def answer(self, content: dict, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
 
 
 def pieces_of(reply: Reply) -> Iterator[str]:

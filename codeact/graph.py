@@ -28,13 +28,7 @@ from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import StreamWriter
 
-from .context import (
-    ContextFull,
-    estimate_tokens,
-    fit_context,
-    is_observation,
-    observation_message,
-)
+from .context import estimate_tokens, fit_context, is_observation, observation_message
 from .endpoint import EndpointError, explain
 from .fences import code_of, text_of
 from .prompts import LAST_STEP, STEP_LIMIT, describe_output

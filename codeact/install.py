@@ -22,10 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeact.runtime import (
-    BUILD, PACKAGE, PRELOAD, PYODIDE, PYODIDE_FILES, RUNTIME, WARM_UP, WHEELS,
-    InstallError, check_installed, find_deno, read_installed, version,
+    BUILD,
+    PACKAGE,
+    PRELOAD,
+    PYODIDE,
+    PYODIDE_FILES,
+    RUNTIME,
+    WARM_UP,
+    WHEELS,
+    InstallError,
+    check_installed,
+    find_deno,
+    read_installed,
+    version,
 )
 from training.settings import option, parse_settings
+
 
 @dataclass
 class InstallSettings:

@@ -5,8 +5,9 @@ Next: python lmdeploy_cli.py serve api_server Shanghai_AI_Laboratory/internlm3-8
           --quant-policy 4 --trust-remote-code
 
 An interrupted download goes on where it was; the SDK checks sizes and SHA-256. A mirror or a
-private hub: set MODELSCOPE_ENDPOINT. `local_dir` and not the specification's `cache_dir='./'`: today's SDK
-would put the files into models/…--…/snapshots/master, where the command above does not look.
+private hub: set MODELSCOPE_ENDPOINT. `local_dir` and not the specification's `cache_dir='./'`:
+today's SDK would put the files into models/…--…/snapshots/master, where the command above does not
+look.
 """
 import shutil
 import sys

@@ -6,6 +6,7 @@ questions to an agent that runs code.
 """
 
 import csv
+import hashlib
 import heapq
 import json
 import re
@@ -31,6 +32,40 @@ class TasksError(ValueError):
 
 
 # ---- Reading -------------------------------------------------------------------------------------
+
+
+def read_items(names: list[str], data: Path, agent_data: Path, exam_dir: Path | None
+               ) -> tuple[dict[str, list[dict]], list[str]]:
+    """The items of the tasks named, and what a report must say about where they come from.
+
+    Args:
+        names: of tasks; ["all"] stands for all but the agent's.
+        data: the file of all tasks but the agent's, `agent_data` that of the agent's.
+        exam_dir: a folder of C-Eval or CMMLU files, for the task `exam`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is not there or faulty, or has no task of that name.
+    """
+    tasks, notes = {}, []
+    if names != [AGENT]:
+        tasks = read_tasks(data)
+        notes = [f"data: {data} (SHA-256 {digest(data)})"]
+    if exam_dir:
+        tasks[EXAM], left_out = read_exams(exam_dir)
+        notes += [f"exam_dir: {exam_dir} (SHA-256 {digest(*sorted(exam_dir.rglob('*.csv')))})"]
+        notes += left_out
+    if AGENT in names:
+        tasks |= read_tasks(agent_data, AGENT_MAKER)
+        notes += [f"agent_data: {agent_data} (SHA-256 {digest(agent_data)})"]
+    names = list(tasks) if names == ["all"] else names
+    for name in names:
+        if name not in tasks:
+            raise ValueError(f"--tasks {name}: {data} holds {', '.join(tasks)}")
+    return {name: tasks[name] for name in names}, notes
+
+
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def read_tasks(path: Path, made_by: str = STARTER) -> dict[str, list[dict]]:

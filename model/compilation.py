@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

@@ -17,7 +17,8 @@ from .step import OneSequence
 BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 # Dividing by less than this would overflow; the result is the most likely token anyway.
 GREEDY_BELOW = 1e-5
-# So many tokens nearly always hold the nucleus; sorting the whole vocabulary takes 20 times as long.
+# So many tokens nearly always hold the nucleus; sorting the whole vocabulary takes 20 times as
+# long.
 LIKELY = 256
 
 

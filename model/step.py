@@ -163,7 +163,8 @@ class DecodeStep:
         there is enough to do for the library's attention to win, although it wants a copy."""
         B, L = read_BL.shape
         k_BLKE, v_BLKE = (
-            slots.read(read_BL.flatten(), self.dtype).unflatten(0, (B, L)) for slots in (keys, values)
+            slots.read(read_BL.flatten(), self.dtype).unflatten(0, (B, L))
+            for slots in (keys, values)
         )
         if B > 1:
             k_BKLE, v_BKLE = k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)

@@ -1,11 +1,11 @@
 """Products with matrices on a CPU: of bfloat16 numbers, and of 4-bit weights (AWQ).
 
 A bfloat16 matrix is packed once into the order in which the processor's tiles read it; torch would
-do so anew in each product, which takes as long as the product (26m, all matrices once, 2 cores: 8
-rows 2.6 ms against 1.8, 32 rows 4.0 against 2.1).
+do so anew in each product (26m, all matrices once, 2 cores: 8 rows 4.0 ms against 3.0, 32 rows 4.8
+against 3.6; python -m benchmarks.products).
 
-A 4-bit weight is (q - zero) · scale, with q and zero from 0 to 15, and one scale and zero for each group
-of input channels. A step that decodes few tokens spends its time on reading weights; torch's
+A 4-bit weight is (q - zero) · scale, with q and zero from 0 to 15, and one scale and zero for each
+group of input channels. A step that decodes few tokens spends its time on reading weights; torch's
 kernel reads the 4 bits as they are and beats a bfloat16 product although it computes more. With
 many rows, as in reading a prompt, computing counts: then a matrix is first turned back into
 numbers. In float32 torch's kernel is slow (one row of 512 x 2816: 2.1 ms, 0.6 ms by way of
@@ -20,7 +20,7 @@ from lmdeploy.pytorch.backends.default.awq_modules import unpack_awq
 from lmdeploy.pytorch.backends.default.linear import DefaultLinearImpl
 
 # Up to so many rows the kernel wins. 512 x 2816 on one core: 0.52 ms against 1.00 at 32 rows, 1.04
-# against 1.14 at 64, 2.12 against 1.71 at 128 (python -m benchmarks.int4).
+# against 1.14 at 64, 2.12 against 1.71 at 128 (python -m benchmarks.products).
 MOST_ROWS = 64
 KERNEL_GROUPS = (32, 64, 128, 256)
 

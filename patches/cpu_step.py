@@ -108,8 +108,8 @@ class CompiledStep:
         if packed:
             teach_compiler()
         bits = cpu_backend.QUANTIZED_BITS.get(quant_policy)
-        step = DecodeStep.of(network.config, network.dtype, product=multiply_any_packed if packed else multiply_any,
-                             open_cache=cpu_backend.CACHES[bits])
+        step = DecodeStep.of(network.config, network.dtype, open_cache=cpu_backend.CACHES[bits],
+                             product=multiply_any_packed if packed else multiply_any)
         Dim = torch.export.Dim
         batch = {0: Dim("B", min=2, max=4096)} if several else None
         longest = {**(batch or {}), 1: Dim("L", min=2, max=1 << 24)}
@@ -159,7 +159,8 @@ def network_weights(network: YuanMengModel, packed: bool = False) -> StepWeights
             network.layers, zip(*[iter(matrices)] * 4, strict=True), strict=True)
     ]
     return StepWeights(network.tok_embeddings.weight, layers, network.norm.weight,
-                       step_weight(network.output, network.dtype, packed), network.rope.cos, network.rope.sin)
+                       step_weight(network.output, network.dtype, packed),
+                       network.rope.cos, network.rope.sin)
 
 
 def step_weight(linear: torch.nn.Module, dtype: torch.dtype, packed: bool) -> Weight | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+HARD = 2  # omp_pause_hard: keep nothing
+
 
 def release_team() -> None:
     """End the threads that OpenMP keeps for the calling one; it gets new ones when it computes
@@ -20,10 +22,8 @@ def release_team() -> None:
         pause(HARD)
 
 
-HARD = 2  # omp_pause_hard: keep nothing
-
-
 def openmp_pause():
+    """OpenMP's `omp_pause_resource_all` as torch has it, or None."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.CDLL(str(library)).omp_pause_resource_all

@@ -3,9 +3,12 @@
 import json
 import signal
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 
 import pytest
+
+from benchmarks.loopback import JsonHandler
 
 
 def pytest_configure(config) -> None:
@@ -16,11 +19,11 @@ def pytest_configure(config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StandIn(JsonHandler):
     """Repeats the question; calls the reply to 没完 cut off; the first request of all fails."""
 
     def do_GET(self) -> None:
-        self.answer(200, {"object": "list", "data": [
+        self.answer({"object": "list", "data": [
             {"id": name, "object": "model", "created": 0, "owned_by": "x"}
             for name in self.server.served
         ]})
@@ -29,33 +32,22 @@ class StandIn(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.headers["Authorization"], request))
         if len(self.server.requests) == 1:
-            self.answer(503, {"error": {"message": "busy"}})
+            self.answer({"error": {"message": "busy"}}, 503)
             return
         if request["model"] not in self.server.served:
-            self.answer(404, {"error": {"message": "no\nsuch model"}})
+            self.answer({"error": {"message": "no\nsuch model"}}, 404)
             return
         if self.server.together is not None:
             self.server.together.wait()
         question = request["messages"][-1]["content"]
         endless = question == "没完"
-        self.answer(200, {
+        self.answer({
             "id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
             "choices": [{
                 "index": 0, "finish_reason": "length" if endless else "stop",
                 "message": {"role": "assistant", "content": f"我是缘梦：{question}"},
             }],
         })
-
-    def answer(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
 
 
 @pytest.fixture
@@ -70,3 +62,16 @@ def endpoint_server():
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """The browser that is installed, else the one that Playwright has fetched."""
+    from playwright.sync_api import sync_playwright  # only where a page is tested
+
+    from benchmarks.screenshots import BROWSER_OPTIONS, find_browser
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()

@@ -9,7 +9,7 @@ import pytest
 import evaluate
 from benchmarks.scripted_endpoint import MODEL, Reply, Script, scripted_endpoint
 from codeact_pipeline import EXAMPLE, tools
-from dataset.tasks import TasksError, read_tasks
+from dataset.tasks import TasksError, read_items, read_tasks
 from training.agent_measurement import measure_agent
 
 ROOT = Path(__file__).parents[1]
@@ -222,7 +222,6 @@ def test_an_endpoint_that_fails_for_good_ends_in_one_line(tmp_path):
 
 
 def test_all_tasks_are_those_of_before():
-    settings = evaluate.Settings(data=str(ROOT / "no.jsonl"))
-    assert settings.tasks == "all"
+    assert evaluate.Settings().tasks == "all"
     with pytest.raises(FileNotFoundError, match="dataset.starter"):
-        evaluate.read_items(settings)
+        read_items(["all"], ROOT / "no.jsonl", ROOT / "neither.jsonl", None)

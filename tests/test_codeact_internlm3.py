@@ -1,13 +1,12 @@
 """InternLM3 from ModelScope, against a stand-in hub on loopback that speaks the SDK's protocol."""
 import hashlib
-import json
 import re
 import shlex
 import sys
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
@@ -15,6 +14,7 @@ import modelscope_hub._download
 import pytest
 from modelscope_hub.config import set_default_config
 
+from benchmarks.loopback import JsonHandler
 from codeact import internlm3
 from codeact.internlm3 import MODEL, FetchError, FetchSettings, fetch, main
 
@@ -23,32 +23,21 @@ FILES = {"config.json": b'{"model_type": "internlm3"}', "modeling_internlm3.py":
 API = f"/api/v1/models/{MODEL}/repo"
 
 
-class StandInHub(BaseHTTPRequestHandler):
-    def log_message(self, *_) -> None:
-        pass
-
+class StandInHub(JsonHandler):
     def do_GET(self) -> None:
         url = urlparse(self.path)
         query = parse_qs(url.query)
         if url.path == f"{API}/files" and query["Revision"] == ["master"]:
             files = [{"Path": name, "Name": name, "Type": "blob", "Size": len(body),
                       "Sha256": hashlib.sha256(body).hexdigest()} for name, body in FILES.items()]
-            self.reply(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": files}}))
+            self.answer({"Code": 200, "Success": True, "Data": {"Files": files}})
         elif url.path == API:
             name = query["FilePath"][0]
             self.server.fetched.append(name)
             start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
-            self.reply(206 if start else 200, FILES[name][start:])
+            self.answer(FILES[name][start:], 206 if start else 200)
         else:
-            self.reply(404, json.dumps({"Code": 404, "Success": False, "Message": "no such thing"}))
-
-    def reply(self, status: int, body: str | bytes) -> None:
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.answer({"Code": 404, "Success": False, "Message": "no such thing"}, 404)
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """The agent's tab of the web page in a real browser: a scripted model, the real sandbox."""
 import re
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import psutil
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-from benchmarks.screenshots import BROWSER_OPTIONS, find_browser
+from benchmarks.loopback import serving
 from benchmarks.scripted_endpoint import Reply, Script, in_order, scripted_endpoint
 from codeact.graph import Event
 from codeact_pipeline import tools
@@ -26,35 +22,13 @@ CODE = "看看。\n```python\nprint(derivative(lambda x: x * x, 3))\n```"
 SLEEP = "```python\nkept = 1\nimport time\ntime.sleep(1000)\n```"
 
 
-@contextmanager
-def running_page(url: str, workshop: Workshop) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = build_app(ChatClient(url), None, workshop)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def served(browser) -> Iterator[SimpleNamespace]:
     """The agent's tab, open; `script.reply` decides what the model says."""
     script = Script(in_order())
     with scripted_endpoint(script) as url:
         workshop = Workshop(url, tools)
-        with running_page(url, workshop) as page_url:
+        with serving(build_app(ChatClient(url), None, workshop)) as page_url:
             context = browser.new_context(locale="zh-CN", viewport={"width": 1200, "height": 800})
             context.set_default_timeout(PATIENCE)
             expect.set_options(timeout=PATIENCE)

@@ -1,9 +1,8 @@
 """The ModelScope download, against a stand-in hub on loopback that speaks the SDK's protocol."""
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
@@ -12,6 +11,7 @@ import modelscope_hub._legacy_api
 import pytest
 from modelscope_hub.config import set_default_config
 
+from benchmarks.loopback import JsonHandler
 from dataset import download as download_module
 from dataset.download import DownloadError, DownloadSettings, download, main
 
@@ -34,23 +34,19 @@ class StandInHub(ThreadingHTTPServer):
         self.listed_size_offset = 0
 
 
-class StandInHandler(BaseHTTPRequestHandler):
+class StandInHandler(JsonHandler):
     server: StandInHub
-
-    def log_message(self, *args) -> None:
-        pass
 
     def do_GET(self) -> None:
         url = urlparse(self.path)
         query = parse_qs(url.query)
         if query.get("Revision") != ["master"]:
-            return self.reply(404, json.dumps({"Code": 404, "Message": "no revision"}).encode())
+            return self.answer({"Code": 404, "Message": "no revision"}, 404)
         if url.path == f"{FOLDER}/tree":
             files = [{"Path": name, "Name": name, "Type": "blob",
                       "Size": len(body) + self.server.listed_size_offset,
                       "Sha256": hashlib.sha256(body).hexdigest()} for name, body in FILES.items()]
-            listing = {"Code": 200, "Success": True, "Data": {"Files": files}}
-            return self.reply(200, json.dumps(listing).encode())
+            return self.answer({"Code": 200, "Success": True, "Data": {"Files": files}})
         assert url.path == FOLDER, self.path
         self.send_file(query["FilePath"][0])
 
@@ -69,13 +65,6 @@ class StandInHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(body[start:])
-
-    def reply(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_replies_are_transformers_own(engine, judge):
 def test_bytes_are_counted_once(engine, four_bit_cache, judge):
     numbers = sum(weight.numel() for weight in judge.model.parameters())
     assert weights_in_memory(engine.pipe) == 4 * numbers
-    # Of each token in 4 layers: keys and values of 2 heads of 64; in 4 bits, with a scale and a zero
+    # Of each token in 4 layers: keys and values of 2 heads of 64; in 4 bits with a scale and a zero
     # point for each head.
     assert cache_per_token(engine.pipe) == 4 * 2 * 2 * 64 * 4
     assert cache_per_token(four_bit_cache.pipe) == 4 * 2 * 2 * (64 // 2 + 2 * 4)

@@ -796,7 +796,9 @@ def test_chat_in_a_terminal():
         say("end\n\n")
         read(until=b">>> ")
         say("写一首诗\n\n")
-        read(until="诗".encode())
+        read(until="诗\r\n\r\n".encode())  # the terminal's echo
+        while not seen:  # the answer has begun
+            seen += os.read(terminal, 4096)
         say("\x03")  # breaks the answer off, or ends the program if that was done already
         say("\x04")
         rest = read(until=b"exiting...")

@@ -14,14 +14,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Page, expect
 
-from benchmarks.screenshots import BROWSER_OPTIONS, find_browser
+from benchmarks.loopback import JsonHandler, serving
 from model import MINI_DIR
 from model.web.client import ChatClient, is_loopback
 from model.web.page import MAX_TURNS, message, turns_of
@@ -34,7 +33,7 @@ DESKTOP, PHONE = {"width": 1200, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 20_000  # milliseconds that a busy machine may take to show something
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StandIn(JsonHandler):
     """Answers 回答 and the question, piece by piece. 没完 has no end; 断开 breaks off; a question
     that the server has in `replies` gets that reply, and in `failures` that status and message."""
 
@@ -62,10 +61,7 @@ class StandIn(BaseHTTPRequestHandler):
             self.stream(question, min(request["max_tokens"], self.server.context - length), length)
 
     def stream(self, question: str, room: int, length: int) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.begin_stream()
         reply = self.server.replies.get(question, f"回答：{question}")
         pieces = [f"{number} " for number in range(100_000)] if question == "没完" else list(reply)
         try:
@@ -92,22 +88,6 @@ class StandIn(BaseHTTPRequestHandler):
     def event(self, content: dict) -> None:
         content |= {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "x"}
         self.chunk(f"data: {json.dumps(content)}\n\n")
-
-    def chunk(self, text: str) -> None:
-        data = text.encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self.wfile.flush()
-
-    def answer(self, content: dict, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -143,25 +123,8 @@ def running_endpoint(port: int = 0) -> Iterator[Endpoint]:
 def running_page(url: str, port: int = 0, **options) -> Iterator[str]:
     """The page on a free port, asking `url`; its own URL."""
     language = options.pop("language", None)
-    listener = socket.create_server(("127.0.0.1", port))
-    app = build_app(ChatClient(url, **options), language)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The browser that is installed, else the one that Playwright has fetched."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
-        yield browser
-        browser.close()
+    with serving(build_app(ChatClient(url, **options), language), port) as page_url:
+        yield page_url
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from codeact.context import ContextFull
 from codeact.endpoint import chat_model, find_served
 from codeact.fences import code_of
 from codeact.graph import ask, build_agent
-from codeact.sandbox import Limits, Observation, Sandbox
+from codeact.install import InstallError
+from codeact.sandbox import Limits, Observation, Sandbox, SandboxError
 from dataset.codeact.facts import says
 from dataset.codeact.verification import fenced
 from training.measurement import Score, grouped
@@ -201,7 +202,10 @@ def measure_agent(
         conversations: at once; each has a process of about 300 MB.
 
     Raises:
-        EndpointError, SandboxError, InstallError: the endpoint or the sandbox cannot be used.
+        ValueError: the endpoint or the sandbox cannot be used.
     """
-    runs = asyncio.run(run_items(items, base_url, api_key, tools, max_steps, conversations))
+    try:
+        runs = asyncio.run(run_items(items, base_url, api_key, tools, max_steps, conversations))
+    except (InstallError, SandboxError) as error:
+        raise ValueError(str(error)) from error
     return score_runs(runs), [run.record() for run in runs]

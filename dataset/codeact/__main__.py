@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
