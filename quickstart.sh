@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a served model that this machine has trained: stages I to VIII in order.
+# From a fresh clone to an agent on a served model that this machine has trained: stages I to IX.
 #
 #   bash quickstart.sh                the mini preset: about 10 minutes of training on 2 cores
 #   bash quickstart.sh --minutes 60   train longer; three fifths pretraining, two fifths SFT
@@ -15,7 +15,7 @@ cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 python=.venv/bin/python
 again="bash quickstart.sh${*:+ $*}"
 start=$SECONDS
-server=          # process id of the server of stage VIII while it runs
+server=          # process id of the server while it runs
 
 fail() { # fail WHAT NEXT...: one line of what went wrong, then what to do, one line each
     printf 'quickstart.sh: %s\n' "$1" >&2
@@ -118,6 +118,14 @@ elif [ -s dataset/pretrain_starter.jsonl ] && [ -s dataset/sft_starter.jsonl ] &
 else
     run "Data" python -m dataset.starter
 fi
+if [ -s dataset/codeact.jsonl ]; then
+    skip "Agent's data" "dataset/codeact.jsonl (all of it: python -m dataset.codeact)"
+else # as much as the minutes can teach; each piece of code in it really runs
+    wanted='BEGIN { n = int(600 * m); print (n < 100000) ? n : 100000 }'
+    conversations=$(awk -v m="${minutes:-1000}" "$wanted")
+    run "Agent's data" python -m dataset.codeact --conversations "$conversations" \
+        --eval_output none
+fi
 
 # ---- III. Tokenizer ------------------------------------------------------------------------------
 header Ⅲ 分词器 Tokenizer
@@ -179,7 +187,7 @@ ask 你是谁 李白是谁 3加5等于多少 || fail "stage $title failed; its l
     "By hand:  $by_hand   (after: source .venv/bin/activate)"
 table+="Chat (three samples)|$((SECONDS - begin))|-"$'\n'
 
-# ---- The server of stage VIII --------------------------------------------------------------------
+# ---- The server of stages VIII and IX --------------------------------------------------------------------
 patience=${QUICKSTART_PATIENCE:-300} # seconds that it may take to start
 no_answer() { # no_answer WHY: the end of the server's log, then what to do
     tail -n 15 out/server.log >&2
@@ -256,11 +264,19 @@ if "$python" -c "$has_lmdeploy"; then
     serve
     ask_server 你是谁 || no_answer "did not answer the question"
     peak=$(awk '/VmHWM/ { printf "%.0f", $2 / 1024 }' "/proc/$server/status")
-    stop_server
     table+="Server (one sample)|$((SECONDS - begin))|$peak"$'\n'
     printf '%s: %s\n' "$title" "$(clock $((SECONDS - begin)))"
+
+    # ---- IX. The agent: the served model writes Python, the sandbox runs it ----------------------
+    header Ⅸ 智能体 Agent
+    question="Calculate the derivative of the function f(x)=xlnx at x=π. Please directly use the \
+existing utility function 'derivative()' for computation; you do not need to import any packages or \
+redefine it—just use it directly."
+    no_proxy=127.0.0.1 run "Agent (one sample)" python codeact_pipeline.py \
+        --base-url "http://127.0.0.1:$port/v1" --max-steps 3 <<<"$question"
+    stop_server
 else
-    printf '\nLMDeploy has no package for this machine: stages Ⅶ and Ⅷ need Linux on x86-64.\n'
+    printf '\nLMDeploy has no package for this machine: stages Ⅶ to Ⅸ need Linux on x86-64.\n'
 fi
 
 # ---- Summary -------------------------------------------------------------------------------------

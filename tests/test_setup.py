@@ -47,6 +47,8 @@ case "$*" in
         mkdir -p dataset
         for name in pretrain sft eval; do echo '{}' >"dataset/${name}_starter.jsonl"; done
         ;;
+    "-m dataset.codeact "*) echo '{}' >dataset/codeact.jsonl ;;
+    codeact_pipeline.py*) echo "the agent's answer to $(cat)" ;;
     train_*)
         stage=${1#train_} && stage=${stage%.py}
         if [ "${DIES_IN:-}" = "$stage" ] && [ -n "${HANGS:-}" ]; then
@@ -398,10 +400,13 @@ def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
         f"lmdeploy_pipeline.py --model {folder} --temperature 0",
         f"lmdeploy_cli.py serve api_server {folder}-w4a16-4bit --quant-policy 4 "
         "--chat-template chat_templates.json --server-port 23334",
+        "codeact_pipeline.py --base-url http://127.0.0.1:23334/v1 --max-steps 3",
     ]
-    calls = ready.calls("-m dataset", "train_", "model_chat", "convert", "lmdeploy")
+    stages = ("-m dataset", "train_", "model_chat", "convert", "lmdeploy", "codeact_pipeline")
+    calls = ready.calls(*stages)
     assert sorted(calls) == sorted([
         "-m dataset.starter",
+        "-m dataset.codeact --conversations 6000 --eval_output none",
         "train_pretrain.py --preset mini --max_minutes 6",
         "train_sft.py --preset mini --max_minutes 4",
         f"convert_to_transformers.py --model out/sft_256.pth --output_dir {folder}",
@@ -413,13 +418,14 @@ def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
     assert "answer to 你是谁" in result.stdout and "Peak memory" in result.stdout
     assert "the engine's answer to 你是谁" in result.stdout
     assert "the server's answer to 你是谁" in result.stdout
+    assert "the agent's answer to Calculate the derivative of the function f(x)=xlnx at x=π." in (
+        result.stdout)
     assert not is_running(ready)
 
     again = ready.run("quickstart.sh")
     assert again.returncode == 0
-    calls = ready.calls("-m dataset", "train_", "model_chat", "convert", "lmdeploy")
-    assert sorted(calls) == sorted(shown_again)
-    assert again.stdout.count("Finished before") == 6
+    assert sorted(ready.calls(*stages)) == sorted(shown_again)
+    assert again.stdout.count("Finished before") == 7
 
 
 def test_newer_weights_are_exported_and_quantized_anew(ready):
@@ -444,7 +450,7 @@ def test_quickstart_prefers_modelscope_files(ready):
     for name in ("pretrain_hq", "sft_mini_512"):
         (ready.root / f"dataset/{name}.jsonl").write_text("{}\n")
     assert ready.run("quickstart.sh").returncode == 0
-    assert ready.calls("-m dataset") == []
+    assert ready.calls("-m dataset.starter") == []
 
 
 @pytest.mark.parametrize("stage, before", [("pretrain", 0), ("sft", 1)])
