@@ -26,6 +26,7 @@ ARGUMENTS = "lmdeploy.cli.utils.ArgumentHelper"
 OPENAI = "lmdeploy.serve.openai"
 SERVER = f"{OPENAI}.api_server"
 ENGINE = "lmdeploy.serve.core.async_engine.AsyncEngine"
+ENGINE_PROCESS = "lmdeploy.pytorch.engine.mp_engine.zmq_engine.ZMQMPEngine"
 MAX_GRAMMAR_SECONDS = 10
 MAX_GRAMMAR_CACHE = 64 * 2**20  # bytes
 SHORT_STEP = 0.01  # seconds that nobody minds to wait
@@ -42,6 +43,7 @@ def patches() -> list[Patch]:
         page(), exits(), routes(), errors_of_the_app(), keys(), error_body(),
         session(), chat_request(), completion_request(), any_request(), perplexity(), scores(),
         grammar(), stop_words(), generation(), token_probabilities(), sampler(), forward(),
+        engine_process(),
     ]
 
 
@@ -553,3 +555,22 @@ def run_through(coroutine):
     finally:
         release_team()
     raise RuntimeError("the forward pass waits for something outside its thread")
+
+
+# ---- The engine's process ------------------------------------------------------------------------
+
+def engine_process() -> Patch:
+    """`ZMQMPEngine._mp_proc`: on a GPU the server's engine has a process of its own, which imports
+    LMDeploy afresh and so knows neither the model nor anything else of patches/."""
+    symbol = f"{ENGINE_PROCESS}._mp_proc"
+    held = look_at(symbol, contains=["engine = Engine.from_pretrained("])
+    run_engine.original = held.__func__
+    return exchange(symbol, "runs an engine that knows no patches", staticmethod(run_engine))
+
+
+def run_engine(*args, **kwargs) -> None:
+    """What that process runs. It is found by its name there, so it stands outside the patch."""
+    from . import register
+
+    register()
+    run_engine.original(*args, **kwargs)
