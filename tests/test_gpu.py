@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.timeout(150),
 ]
 ROOT = Path(__file__).resolve().parents[1]
+END = 2  # </s>
 CHATS = (("你是谁", "我是缘梦，一个从零开始训练的中文小语言模型。"), ("3+5等于多少？", "3+5=8。"),
          ("李白是谁？", "李白是唐代诗人。"))
 
@@ -53,6 +54,7 @@ class Judge:
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         log_TV = self.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
         log_T = log_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        log_TV[:, END] = -torch.inf  # the engine is told not to end
         return log_TV.amax(1) - log_T, log_T
 
 
@@ -120,12 +122,12 @@ def measure(pipe, judge: Judge, text_ids: list[int]) -> dict[str, float]:
 
 @pytest.mark.parametrize(("settings", "largest", "mean", "logprob"), [
     ({"dtype": "float16"}, 0.05, 0.002, 0.02),
-    ({"dtype": "bfloat16"}, 0.3, 0.01, 0.1),
-    ({"dtype": "bfloat16", "eager_mode": True}, 0.3, 0.01, 0.1),
+    ({"dtype": "bfloat16"}, 0.2, 0.005, 0.05),
+    ({"dtype": "bfloat16", "eager_mode": True}, 0.2, 0.005, 0.05),
     ({"dtype": "bfloat16", "enable_prefix_caching": True, "block_size": 16,
-      "max_prefill_token_num": 128}, 0.3, 0.01, 0.1),
-    ({"dtype": "float16", "quant_policy": 8}, 0.3, 0.01, 0.1),
-    ({"dtype": "float16", "quant_policy": 4}, 1.5, 0.1, 0.4),
+      "max_prefill_token_num": 128}, 0.2, 0.005, 0.05),
+    ({"dtype": "float16", "quant_policy": 8}, 0.1, 0.005, 0.05),
+    ({"dtype": "float16", "quant_policy": 4}, 1.5, 0.05, 0.3),
 ], ids=["float16", "bfloat16", "without graphs", "chunks", "KV int8", "KV int4"])
 def test_the_engine_writes_what_transformers_would(
     judge, text_ids, settings, largest, mean, logprob
