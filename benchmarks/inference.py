@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import patches
 from model import TOKENIZER_DIR, YuanMengModel
 from model.config import preset_config
 from model.export import save_gguf, save_yuanmeng
@@ -40,6 +41,8 @@ from training.settings import option, parse_settings
 
 BATCHES = (1, 8, 32)
 PROMPT, LONG_PROMPT = 64, 512  # tokens: before writing, and for the speed of reading
+DEVICE = patches.default_device()
+GPU_SHARE = 0.1  # of what is free, for each engine's cache: they are all there at once
 
 
 @dataclass
@@ -58,18 +61,20 @@ class Settings:
 # ---- The contestants: each is called with (batch, prompt length, new tokens) ---------------------
 
 def transformers_bf16(folder: Path) -> Callable[[int, int, int], None]:
-    model = load_model(folder, dtype=torch.bfloat16)[0]
+    model = load_model(folder, dtype=torch.bfloat16, device=DEVICE)[0]
 
     def run(batch: int, length: int, new_tokens: int) -> None:
-        ids = torch.tensor([prompt(length)] * batch)
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                       max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        ids = torch.tensor([prompt(length)] * batch, device=DEVICE)
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                pad_token_id=0, max_new_tokens=new_tokens,
+                                min_new_tokens=new_tokens)
+        answer.cpu()  # waits for a GPU
 
     return run
 
 
 def model_chat(folder: Path) -> Callable[[int, int, int], None]:
-    model = load_model(folder, dtype=torch.bfloat16)[0]
+    model = load_model(folder, dtype=torch.bfloat16, device=DEVICE)[0]
     step = OneSequence.build(model, say=print)
 
     def run(batch: int, length: int, new_tokens: int) -> None:
@@ -83,14 +88,13 @@ def model_chat(folder: Path) -> Callable[[int, int, int], None]:
 
 
 def engine(folder: Path, quant_policy: int = 0) -> Callable[[int, int, int], None]:
-    import patches
-
     patches.register()
     from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 
+    share = {"cache_max_entry_count": GPU_SHARE} if DEVICE == "cuda" else {}
     pipe = pipeline(str(folder), log_level="ERROR", backend_config=PytorchEngineConfig(
-        device_type="cpu", dtype="bfloat16", max_batch_size=max(BATCHES), session_len=1024,
-        quant_policy=quant_policy, max_prefill_token_num=8192))
+        device_type=DEVICE, dtype="bfloat16", max_batch_size=max(BATCHES), session_len=1024,
+        quant_policy=quant_policy, max_prefill_token_num=8192, **share))
 
     async def answer(length: int, new_tokens: int) -> None:
         request = await pipe.async_engine.preprocess(
@@ -174,7 +178,10 @@ class Worker:
             target=serve, args=(other, make, arguments, threads), daemon=True)
         self.process.start()
         other.close()
-        self.memory = self.pipe.recv()  # loaded
+
+    def wait(self) -> None:
+        """Until it is loaded."""
+        self.memory = self.pipe.recv()
 
     def seconds(self, *sizes: int) -> float | None:
         """How long one call takes; None where the contestant has no such call."""
@@ -248,6 +255,7 @@ def contestants(files: dict[str, Path]) -> dict[str, tuple[Callable, tuple]]:
         "engine bf16": (engine, (files["bf16"],)),
         "engine W4A16": (engine, (files["w4a16"],)),
         "engine KV int8": (engine, (files["bf16"], 8)),
+        "engine KV int4": (engine, (files["bf16"], 4)),
     }
     if "gguf" in files:
         found["llama.cpp bf16"] = (llama_cpp, (files["gguf"],))
@@ -264,7 +272,8 @@ def api_server(folder: Path):
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "lmdeploy_cli.py", "serve", "api_server", str(folder), "--server-port",
-         str(port), "--max-batch-size", str(max(BATCHES)), "--log-level", "ERROR"],
+         str(port), "--max-batch-size", str(max(BATCHES)), "--log-level", "ERROR",
+         *(["--cache-max-entry-count", str(GPU_SHARE)] if DEVICE == "cuda" else [])],
         stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}", process
@@ -318,10 +327,11 @@ async def measure_server(url: str, process, settings: Settings, table: Table) ->
 
 def read_bandwidth() -> float:
     """Bytes a second that all threads together read from memory."""
-    numbers, best = torch.ones(1 << 26), float("inf")  # 256 MiB, more than any cache
+    numbers = torch.ones(1 << 26, device=DEVICE)  # 256 MiB, more than any cache
+    best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        numbers.sum()
+        numbers.sum().item()
         best = min(best, time.perf_counter() - start)
     return numbers.numel() * 4 / best
 
@@ -332,12 +342,15 @@ def main() -> None:
     console = Console()
     files = prepare(settings)
     weights = sum(file.stat().st_size for file in files["bf16"].glob("*.safetensors"))
-    bandwidth, flops = read_bandwidth(), peak_flops(torch.device("cpu"), torch.bfloat16)
-    console.print(f"{files['bf16']}: {weights / 1e6:.1f} MB; {settings.threads} threads; this "
+    bandwidth, flops = read_bandwidth(), peak_flops(torch.device(DEVICE), torch.bfloat16)
+    place = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{settings.threads} threads"
+    console.print(f"{files['bf16']}: {weights / 1e6:.1f} MB; {place}; this "
                   f"machine reads {bandwidth / 1e9:.0f} GB/s and multiplies bfloat16 at "
                   f"{flops / 1e9:.0f} GFLOP/s")
     workers = [Worker(name, make, arguments, settings.threads)
                for name, (make, arguments) in contestants(files).items() if settings.only in name]
+    for worker in workers:
+        worker.wait()
     calls = [(batch, PROMPT, tokens) for batch in BATCHES for tokens in (1, settings.new_tokens)]
     calls.append((1, LONG_PROMPT, 1))
     best: dict = {}
@@ -363,7 +376,7 @@ def main() -> None:
                     batch * settings.new_tokens / whole)
         reading = LONG_PROMPT / best[worker.name, (1, LONG_PROMPT, 1)]
         results["decode"][worker.name], results["prefill"][worker.name] = rates, reading
-        size = weights if "bf16" in worker.name or "int8" in worker.name else None
+        size = weights if "bf16" in worker.name or "KV" in worker.name else None
         table.add_row(
             worker.name, *(f"{rates[b]:,.0f}" if b in rates else "-" for b in BATCHES),
             f"{reading:,.0f}", f"{rates[1] * size / 1e9:.0f}" if size else "-",
