@@ -31,7 +31,7 @@ DEVICE = patches.default_device()
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cuda", reason="torch finds no GPU"),
     pytest.mark.slow,
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(100),
 ]
 ROOT = Path(__file__).resolve().parents[1]
 END = 2  # </s>
