@@ -239,7 +239,7 @@ def test_ctrl_c_leaves_no_process_behind(reply, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_shipped_model_answers_behind_the_real_server(tmp_path):
-    """Whether it acts well is measured by evaluate.py; here, that the parts go together."""
+    """How well it acts is measured by evaluate.py; here, that it answers as the README shows."""
     pytest.importorskip("lmdeploy", reason="LMDeploy is published for Linux on x86-64 only")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -256,7 +256,7 @@ def test_the_shipped_model_answers_behind_the_real_server(tmp_path):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         done = run(f"http://127.0.0.1:{port}", "--trace", str(trace), "--max-steps", "2",
-                   text="你是谁\n3加5等于多少\n" + "很长的问题" * 1500 + "\n")
+                   text=f"{EXAMPLE}\n你是谁\n" + "很长的问题" * 1500 + "\n")
     finally:
         server.terminate()
         server.wait(60)
@@ -266,6 +266,12 @@ def test_the_shipped_model_answers_behind_the_real_server(tmp_path):
     assert kept["system"]["zh"].startswith("需要计算时")  # the short prompt, by its name
     assert [run["error"] for run in kept["runs"]] == [None] * 3
     assert all(run["answer"] for run in kept["runs"])
+    assert "2.144729885888985" in kept["runs"][0]["answer"]
+    assert "缘梦" in kept["runs"][1]["answer"]
+    transcript = done.stdout.split("🤔: 你是谁")[0].strip()
+    assert transcript.count("```python") == 1
+    for readme in ("README.md", "README_en.md"):
+        assert transcript in (ROOT / readme).read_text("utf-8"), transcript
 
 
 def answers(url: str) -> bool:
