@@ -551,6 +551,7 @@ def test_no_server_is_left_behind(ready, number):
         ["bash", str(ready.root / "quickstart.sh")], start_new_session=True, text=True,
         env=ready.environment(HANGS="1"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup would have it ignored
     )
     try:
         while "waiting" not in (line := flow.stdout.readline()):
