@@ -52,6 +52,10 @@ if [ -n "$minutes" ] && ! awk -v m="$minutes" "$positive"; then
     fail "'$minutes' is not a number of minutes" "For example: --minutes 10, or --minutes 0.5."
 fi
 
+learns_to_act() { # a shorter training is too short for writing code as well
+    [ -z "$minutes" ] || awk -v m="$minutes" 'BEGIN { exit !(m >= 30) }'
+}
+
 # ---- Running a stage -----------------------------------------------------------------------------
 title=           # of the stage that runs
 by_hand=         # its command
@@ -120,7 +124,7 @@ else
 fi
 if [ -s dataset/codeact.jsonl ]; then
     skip "Agent's data" "dataset/codeact.jsonl (all of it: python -m dataset.codeact)"
-else # as much as the minutes can teach; each piece of code in it really runs
+elif learns_to_act; then # as much as the minutes can teach; each piece of code in it really runs
     wanted='BEGIN { n = int(600 * m); print (n < 100000) ? n : 100000 }'
     conversations=$(awk -v m="${minutes:-1000}" "$wanted")
     run "Agent's data" python -m dataset.codeact --conversations "$conversations" \
@@ -198,11 +202,11 @@ no_answer() { # no_answer WHY: the end of the server's log, then what to do
 talk_to_server() { # talk_to_server ARGUMENT...: Python from stdin, past any proxy
     no_proxy=127.0.0.1 "$python" - "http://127.0.0.1:$port/v1" "$@"
 }
-serve() { # start the server in the background and wait until it answers
+serve() { # serve FOLDER: start the server in the background and wait until it answers
     local begin=$SECONDS command free
     free='import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'
     port=$("$python" -c "$free")
-    command=(lmdeploy_cli.py serve api_server "$quantized" --quant-policy 4
+    command=(lmdeploy_cli.py serve api_server "$1" --quant-policy 4
         --chat-template chat_templates.json --server-port "$port")
     by_hand="python ${command[*]}"
     printf '$ %s &\n' "$by_hand"
@@ -261,7 +265,7 @@ if "$python" -c "$has_lmdeploy"; then
 
     header Ⅷ 部署 Deployment
     begin=$SECONDS
-    serve
+    serve "$quantized"
     ask_server 你是谁 || no_answer "did not answer the question"
     peak=$(awk '/VmHWM/ { printf "%.0f", $2 / 1024 }' "/proc/$server/status")
     table+="Server (one sample)|$((SECONDS - begin))|$peak"$'\n'
@@ -269,6 +273,11 @@ if "$python" -c "$has_lmdeploy"; then
 
     # ---- IX. The agent: the served model writes Python, the sandbox runs it ----------------------
     header Ⅸ 智能体 Agent
+    if ! learns_to_act; then
+        printf 'To act takes 30 minutes of training; the shipped model has had it, so it is asked.\n'
+        stop_server
+        serve model/yuanmeng-mini-instruct
+    fi
     question="Calculate the derivative of the function f(x)=xlnx at x=π. Please directly use the \
 existing utility function 'derivative()' for computation; you do not need to import any packages or \
 redefine it—just use it directly."

@@ -87,6 +87,7 @@ def chat_model(
         timeout=options["timeout"],
         http_client=openai.DefaultHttpxClient(**options),
         http_async_client=openai.DefaultAsyncHttpxClient(**options),
+        http_socket_options=(),  # or it warns that it would ignore the proxies
         # Its own clock between pieces is asyncio.wait_for, which before Python 3.12 can lose a
         # cancellation; the read timeout above does the same.
         stream_chunk_timeout=None,

@@ -400,13 +400,14 @@ def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
         f"lmdeploy_pipeline.py --model {folder} --temperature 0",
         f"lmdeploy_cli.py serve api_server {folder}-w4a16-4bit --quant-policy 4 "
         "--chat-template chat_templates.json --server-port 23334",
+        "lmdeploy_cli.py serve api_server model/yuanmeng-mini-instruct --quant-policy 4 "
+        "--chat-template chat_templates.json --server-port 23334",
         "codeact_pipeline.py --base-url http://127.0.0.1:23334/v1 --max-steps 3",
     ]
     stages = ("-m dataset", "train_", "model_chat", "convert", "lmdeploy", "codeact_pipeline")
     calls = ready.calls(*stages)
     assert sorted(calls) == sorted([
         "-m dataset.starter",
-        "-m dataset.codeact --conversations 6000 --eval_output none",
         "train_pretrain.py --preset mini --max_minutes 6",
         "train_sft.py --preset mini --max_minutes 4",
         f"convert_to_transformers.py --model out/sft_256.pth --output_dir {folder}",
@@ -425,7 +426,17 @@ def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
     again = ready.run("quickstart.sh")
     assert again.returncode == 0
     assert sorted(ready.calls(*stages)) == sorted(shown_again)
-    assert again.stdout.count("Finished before") == 7
+    assert again.stdout.count("Finished before") == 6
+
+
+def test_a_longer_training_teaches_the_agent_and_asks_its_own_model(ready):
+    result = ready.run("quickstart.sh", "--minutes", "60")
+    assert result.returncode == 0, result.stderr
+    (served,) = ready.calls("lmdeploy_cli.py serve")
+    assert "yuanmeng-mini-instruct-w4a16-4bit" in served
+    assert "the agent's answer to Calculate" in result.stdout
+    again = ready.run("quickstart.sh", "--minutes", "60")
+    assert "Finished before: dataset/codeact.jsonl" in again.stdout
 
 
 def test_newer_weights_are_exported_and_quantized_anew(ready):
