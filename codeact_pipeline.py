@@ -5,7 +5,7 @@ Out:  the example below, then a conversation in this terminal; in a pipe, an ans
       with `--question`, one answer. What the code has printed stands in a System Message box.
 
     python codeact_pipeline.py
-    python codeact_pipeline.py --question "What is the sum of the primes below 1000?"
+    python codeact_pipeline.py --question "How many primes are there up to 1000?"
     python codeact_pipeline.py --base-url http://127.0.0.1:23333/v1 --trace run.json
 """
 import dataclasses

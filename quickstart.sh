@@ -2,7 +2,7 @@
 # From a fresh clone to an agent on a served model that this machine has trained: stages I to IX.
 #
 #   bash quickstart.sh                the mini preset: about 10 minutes of training on 2 cores
-#   bash quickstart.sh --minutes 60   train longer; three fifths pretraining, two fifths SFT
+#   bash quickstart.sh --minutes 60   train longer: 3/5 pretraining, 2/5 SFT; from 30 on to act too
 #   bash quickstart.sh --preset 26m   the 26m preset: one whole pass, unless --minutes is given
 #   bash quickstart.sh --short        a trial of the flow: one minute of training
 #   bash quickstart.sh --cpu|--gpu    passed on to setup.sh

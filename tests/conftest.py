@@ -2,9 +2,15 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +81,37 @@ def browser() -> Iterator:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def quantized_server():
+    return serve_in_4_bits
+
+
+@contextmanager
+def serve_in_4_bits(folder: Path, log: Path, *options: str
+                    ) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The server's process and address, once it listens: 4-bit weights, 4-bit cache. Afterwards it
+    is dead, and has written no stack trace into its log."""
+    root = Path(__file__).parents[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, root / "lmdeploy_cli.py", "serve", "api_server", folder,
+             "--quant-policy", "4", "--chat-template", "chat_templates.json", "--model-name",
+             "yuanmeng", "--server-port", str(port), *options],
+            cwd=root, stdout=output, stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            if "Uvicorn running on" in log.read_text() or server.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert f"Uvicorn running on {address}" in log.read_text(), log.read_text()
+        yield server, address
+    finally:
+        server.kill()
+        server.wait()
+    assert "Traceback" not in log.read_text(), log.read_text()
