@@ -179,9 +179,14 @@ class Worker:
         self.process.start()
         other.close()
 
-    def wait(self) -> None:
-        """Until it is loaded."""
-        self.memory = self.pipe.recv()
+    def loads(self) -> bool:
+        """Waits until it is loaded, or has failed."""
+        try:
+            self.memory = self.pipe.recv()
+        except EOFError:
+            print(f"{self.name} ended while loading and is left out")
+            return False
+        return True
 
     def seconds(self, *sizes: int) -> float | None:
         """How long one call takes; None where the contestant has no such call."""
@@ -349,8 +354,7 @@ def main() -> None:
                   f"{flops / 1e9:.0f} GFLOP/s")
     workers = [Worker(name, make, arguments, settings.threads)
                for name, (make, arguments) in contestants(files).items() if settings.only in name]
-    for worker in workers:
-        worker.wait()
+    workers = [worker for worker in workers if worker.loads()]
     calls = [(batch, PROMPT, tokens) for batch in BATCHES for tokens in (1, settings.new_tokens)]
     calls.append((1, LONG_PROMPT, 1))
     best: dict = {}

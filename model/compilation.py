@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,6 +21,14 @@ KEPT = 32  # packages of about 3 MB; those not used for the longest time go
 
 # Takes all tensors as one flat list and returns the list of results.
 FlatFunction = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+class Kernels(NamedTuple):
+    """Operators of one's own in C++. The text defines for each a function `aoti_torch_cpu_NAME`,
+    which takes its arguments as torch's C interface has them (shim.h)."""
+
+    operators: tuple[torch._ops.OpOverload, ...] = ()
+    text: str = ""
 
 
 class _Flat(torch.nn.Module):
@@ -42,6 +50,7 @@ def compiled(
     name: str,
     key: str,
     sources: Iterable[str | Path],
+    kernels: Kernels = Kernels(),
     say: Callable[[str], None],
 ) -> FlatFunction | None:
     """Machine code for `function`, from the folder of packages, or else built now.
@@ -51,18 +60,20 @@ def compiled(
         dynamic: for each argument, what of its tensors' shapes may differ from the example:
             `{dimension: torch.export.Dim}`, or None.
         name: what the package is called, beside a hash of all that it depends on: arguments,
-            torch, processor, number of threads, the files in `sources`, and `key` for the rest.
+            torch, processor, number of threads, the files in `sources`, `kernels`, and `key` for
+            the rest.
+        kernels: become a part of the machine code.
         say: tells the user that a build has begun, or that none is possible and why.
 
     Returns:
         A function of the flat list `pytree.tree_leaves(arguments)`, or None if it cannot be built.
         It must be called under `torch.no_grad()` or `torch.inference_mode()`.
     """
-    path = FOLDER / f"{name}-{_digest(arguments, dynamic, key, sources)}.pt2"
+    path = FOLDER / f"{name}-{_digest(arguments, dynamic, key, sources, kernels)}.pt2"
     if not path.is_file():
         say(f"building {name} for this processor: once, about half a minute")
         try:
-            _build(function, arguments, dynamic, path)
+            _build(function, arguments, dynamic, kernels, path)
         except UnicodeDecodeError:  # torch reads its own files in the locale's encoding
             say(f"{name} cannot be built under this locale, so the slower way is taken: set "
                 "PYTHONUTF8=1")
@@ -89,6 +100,7 @@ def _digest(
     dynamic: Sequence[dict[int, Any] | None],
     key: str,
     sources: Iterable[str | Path],
+    kernels: Kernels,
 ) -> str:
     """A name for all that the machine code depends on."""
     shapes = [
@@ -100,6 +112,7 @@ def _digest(
     parts = [
         key,
         str(shapes),
+        kernels.text,
         torch.__version__, str(torch.get_num_threads()),
         platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor_flags(),
     ]
@@ -123,11 +136,16 @@ def _build(
     function: Callable,
     arguments: Sequence[Any],
     dynamic: Sequence[dict[int, Any] | None],
+    kernels: Kernels,
     path: Path,
 ) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
     leaves, spec = pytree.tree_flatten(tuple(arguments))
     shapes = _leaf_shapes(arguments, dynamic)
+    # torch puts what is listed for an operator behind `extern`, in an `extern "C"` block.
+    shims = {operator: [] for operator in kernels.operators}
+    for listed in list(shims.values())[:1]:
+        listed.append(f'"C++" {{\n{kernels.text}\n}}')
     FOLDER.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings(), \
             tempfile.TemporaryDirectory(dir=FOLDER) as folder:
@@ -135,10 +153,13 @@ def _build(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         exported = torch.export.export(_Flat(function, spec), (leaves,), dynamic_shapes=(shapes,))
         package = Path(folder) / path.name
-        # Each index checked in each loop would cost a tenth of the time; the callers make them.
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(package),
-            inductor_configs={"assert_indirect_indexing": False})
+            inductor_configs={
+                # Each index checked in each loop would cost a tenth of the time; callers make them.
+                "assert_indirect_indexing": False,
+                "aot_inductor.custom_ops_to_c_shims": shims,
+            })
         with open(package, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(package, path)

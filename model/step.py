@@ -6,15 +6,13 @@ thousands of times: here are the same equations with what costs time left out.
 - Weights and cache come in as arguments. Compiled, the step is machine code that serves every
   checkpoint of the same shape.
 - Matrices with the same input are one: q, k, v; w1 and w3.
-- With one sequence, a product reads each weight once and computes little. As a plain sum it becomes
-  a loop, into which the compiler draws the norm before it and the residual after it. With more
-  sequences a weight serves several rows, and the library's product is faster.
+- Products and attention are operators of our own where torch's are slow (kernels.py). What lies
+  between them the compiler fuses.
 - The residual stream stays float32 between the products.
-- The cache is a row of slots, a token in each; a sequence's slots may lie anywhere, so that the
-  same step serves LMDeploy's paged cache (patches/cpu_backend.py) and the chat's.
+- The cache is a row of slots, which attention reads where they lie (kernels.py).
 
 Shapes in names: B sequences, L longest past with the new token, S slots, D hidden width, H heads, K
-key/value heads, G = H / K, E head width, V vocabulary, I and O inputs and outputs of a product.
+key/value heads, E head width, V vocabulary, I and O inputs and outputs of a product.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from . import compilation
+from . import compilation, kernels, slots
 from .cache import KVCache
 from .config import YuanMengConfig
+from .kernels import attend, multiply_vector
 from .model import YuanMengModel, rope_tables
+from .slots import open_slots
+
+SOURCES = [__file__, compilation.__file__, kernels.__file__, slots.__file__]
 
 # A matrix [O, I], or what a product of one's own understands.
 Weight = torch.Tensor | tuple[torch.Tensor, ...]
@@ -55,37 +57,17 @@ class StepWeights(NamedTuple):
     sin: torch.Tensor
 
 
-class Slots:
-    """A layer's keys, or values: a row of slots [S, K, E]."""
-
-    def __init__(self, rows_SKE: torch.Tensor):
-        self.rows_SKE = rows_SKE
-
-    def write(self, slots_B: torch.Tensor, x_BKE: torch.Tensor) -> None:
-        self.rows_SKE.index_copy_(0, slots_B, x_BKE)
-
-    def read(self, slots_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.rows_SKE.index_select(0, slots_N)
-
-
-def open_slots(cache: Sequence[torch.Tensor]) -> tuple[Slots, Slots]:
-    """Keys and values of a layer, from what the step is given as its cache."""
-    keys_SKE, values_SKE = cache
-    return Slots(keys_SKE), Slots(values_SKE)
-
-
 def multiply(x_BI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x Wᵀ, [B, O]."""
-    if x_BI.shape[0] == 1:  # not len(), which would be a constant to the compiler
-        return (x_BI.float()[:, None] * weight_OI[None].float()).sum(-1).to(x_BI.dtype)
-    return F.linear(x_BI, weight_OI)
+    product = multiply_vector if x_BI.shape[0] == 1 else F.linear
+    return product(x_BI, weight_OI)
 
 
 @dataclass(frozen=True)
 class DecodeStep:
     """The step of a network of this shape.
 
-    `product` and `open_cache` know other kinds of weights and caches: 4-bit ones, quantized ones.
+    `product` knows other kinds of weights, of 4 bits.
     """
 
     num_heads: int
@@ -94,12 +76,11 @@ class DecodeStep:
     eps: float
     dtype: torch.dtype
     product: Callable[[torch.Tensor, Weight], torch.Tensor] = multiply
-    open_cache: Callable[[Sequence[torch.Tensor]], tuple] = open_slots
 
     @classmethod
-    def of(cls, config: YuanMengConfig, dtype: torch.dtype, **kinds) -> "DecodeStep":
+    def of(cls, config: YuanMengConfig, dtype: torch.dtype, **product) -> "DecodeStep":
         return cls(config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                   config.rms_norm_eps, dtype, **kinds)
+                   config.rms_norm_eps, dtype, **product)
 
     @property
     def key(self) -> str:
@@ -119,32 +100,43 @@ class DecodeStep:
         """Last hidden states [B, D] and logits [B, V]; the caches take up the new tokens.
 
         Args:
-            caches: each layer's tensors, which `open_cache` understands.
+            caches: each layer's tensors, which `open_slots` understands.
             ids_B, positions_B: the newest token of each sequence, and how many came before it.
             write_B: the slot for the newest token.
-            read_BL: the slots of all tokens in order, the newest included. What stands behind a
-                sequence's length is not looked at, but has to be the number of a slot in use.
+            read_BL: the slots that it reads (see `kernels.attend`).
         """
         x_BD = weights.embeddings[ids_B].float()
         cos_B1E, sin_B1E = weights.cos[positions_B][:, None], weights.sin[positions_B][:, None]
-        seen_B11L = (torch.arange(read_BL.shape[1], device=ids_B.device) <= positions_B[:, None])
-        seen_B11L = seen_B11L[:, None, None]
         for layer, cache in zip(weights.layers, caches, strict=True):
-            qkv_BC = self.product(self.normalize(x_BD, layer.attention_norm), layer.wqkv)
-            qkv_BCE = qkv_BC.unflatten(-1, (-1, self.head_dim))
-            q_BHE, k_BKE, v_BKE = qkv_BCE.split(
-                [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-            q_BHE, k_BKE = (self.rotate(heads, cos_B1E, sin_B1E) for heads in (q_BHE, k_BKE))
-            keys, values = self.open_cache(cache)
+            q_BHE, k_BKE, v_BKE = self.enter(x_BD, layer, cos_B1E, sin_B1E)
+            keys, values = open_slots(cache, self.head_dim)
             keys.write(write_B, k_BKE)
             values.write(write_B, v_BKE)
-            y_BC = self.attend(q_BHE, keys, values, read_BL, seen_B11L)
-            x_BD = x_BD + self.product(y_BC, layer.wo)
-            gate_up = self.product(self.normalize(x_BD, layer.ffn_norm), layer.w13)
-            gate, up = gate_up.float().chunk(2, dim=-1)
-            x_BD = x_BD + self.product((F.silu(gate) * up).to(self.dtype), layer.w2)
+            y_BC = attend(q_BHE, keys, values, read_BL, positions_B)
+            x_BD = self.leave(x_BD, y_BC, layer)
         h_BD = self.normalize(x_BD, weights.norm)
         return h_BD, self.product(h_BD, weights.output)
+
+    def enter(self, x_ND, layer: LayerWeights, cos_N1E, sin_N1E) -> tuple[torch.Tensor, ...]:
+        """The layer up to its attention: queries [N, H, E], keys and values [N, K, E]."""
+        qkv_NC = self.product(self.normalize(x_ND, layer.attention_norm), layer.wqkv)
+        q_NHE, k_NKE, v_NKE = qkv_NC.unflatten(-1, (-1, self.head_dim)).split(
+            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return self.rotate(q_NHE, cos_N1E, sin_N1E), self.rotate(k_NKE, cos_N1E, sin_N1E), v_NKE
+
+    def leave(self, x_ND, y_NC, layer: LayerWeights) -> torch.Tensor:
+        """The layer from its attention's result on: the residual stream, [N, D]."""
+        x_ND = x_ND + self.product(y_NC, layer.wo)
+        gate_up = self.product(self.normalize(x_ND, layer.ffn_norm), layer.w13)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return x_ND + self.product((F.silu(gate) * up).to(self.dtype), layer.w2)
+
+    def between(self, weights: LayerWeights, x_ND, y_NC, cos_N1E, sin_N1E):
+        """From one layer's attention to the next one's, for any number of tokens: the residual
+        stream, then queries, keys and values. `weights` are those that `leave` reads of the one
+        layer and those that `enter` reads of the next."""
+        x_ND = self.leave(x_ND, y_NC, weights)
+        return x_ND, *self.enter(x_ND, weights, cos_N1E, sin_N1E)
 
     def normalize(self, x_BD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         """RMSNorm, as in model.py."""
@@ -156,28 +148,9 @@ class DecodeStep:
         turned = torch.cat((-second, first), dim=-1)
         return (x_BCE.float() * cos + turned * sin).to(self.dtype)
 
-    def attend(self, q_BHE, keys, values, read_BL, seen_B11L) -> torch.Tensor:
-        """Attention of one query for each head over its sequence's slots, [B, H · E].
-
-        One sequence: plain loops, in which the compiler reads the slots where they lie. Several:
-        there is enough to do for the library's attention to win, although it wants a copy."""
-        B, L = read_BL.shape
-        k_BLKE, v_BLKE = (
-            slots.read(read_BL.flatten(), self.dtype).unflatten(0, (B, L))
-            for slots in (keys, values)
-        )
-        if B > 1:
-            k_BKLE, v_BKLE = k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
-            q_BKGE = q_BHE.unflatten(1, (self.num_kv_heads, -1))
-            y_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=seen_B11L)
-            return y_BKGE.flatten(1)
-        q_B1KGE = q_BHE.float().unflatten(1, (self.num_kv_heads, -1))[:, None]
-        scores_BLKG = (q_B1KGE * k_BLKE.float()[:, :, :, None]).sum(-1) * self.head_dim**-0.5
-        scores_BKGL = scores_BLKG.permute(0, 2, 3, 1).masked_fill(~seen_B11L, float("-inf"))
-        weights_BKGL = scores_BKGL.softmax(-1)
-        v_BK1LE = v_BLKE.float().transpose(1, 2)[:, :, None]
-        y_BKGE = (weights_BKGL[..., None] * v_BK1LE).sum(-2)
-        return y_BKGE.flatten(1).to(self.dtype)
+    def kernels(self, cache: Sequence[torch.Tensor]) -> compilation.Kernels:
+        """The operators that the compiled step has in C++, with a cache like this."""
+        return kernels.source(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, cache)
 
 
 def rotary_tables(config: YuanMengConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,12 +196,12 @@ class OneSequence:
         step, weights = DecodeStep.of(model.config, model.dtype), step_weights(model)
         caches = empty_caches(model.config, model.dtype, 4)
         number, numbers = torch.zeros(1, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)
-        slots, length = (torch.export.Dim(name, min=2, max=1 << 24) for name in ("S", "L"))
+        all_slots, length = (torch.export.Dim(name, min=2, max=1 << 24) for name in ("S", "L"))
         function = compilation.compiled(
             step,
             (weights, caches, number, number.clone(), number.clone(), numbers),
-            (None, {0: slots}, None, None, None, {1: length}),
-            name="step-chat", key=step.key, sources=[__file__, compilation.__file__], say=say,
+            (None, {0: all_slots}, None, None, None, {1: length}),
+            name="step-chat", key=step.key, sources=SOURCES, kernels=step.kernels(caches[0]), say=say,
         )
         return None if function is None else cls(model, function, weights)
 

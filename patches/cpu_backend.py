@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from lmdeploy.messages import QuantPolicy
 from lmdeploy.pytorch.backends.activation import SiluAndMulBuildSpec, SiluAndMulImpl
 from lmdeploy.pytorch.backends.apply_rotary_emb import ApplyRotaryEmbBuildSpec, ApplyRotaryEmbImpl
 from lmdeploy.pytorch.backends.attention import (
@@ -35,12 +34,10 @@ from lmdeploy.pytorch.backends.rotary_embedding import (
 from lmdeploy.pytorch.engine.cache_engine.layout import ContiguousBlockCacheLayout
 from lmdeploy.pytorch.model_inputs import StepContext
 
-from model.step import Slots, open_slots
+from model.kernels import attend
+from model.slots import Slots, open_slots
 
 from .cpu_linear import CpuLinear, CpuLinearW4A16
-
-BLOCK = 64  # queries
-QUANTIZED_BITS = {QuantPolicy.INT8: 8, QuantPolicy.INT4: 4}
 
 
 class CpuBackend(DefaultOpsBackend):
@@ -115,14 +112,12 @@ class CpuAttentionMetadata(AttentionMetadata):
         write_slots: [N], of the new tokens.
         read_slots: [B · L] while decoding, where short sequences repeat their first slot; when
             reading prompts, a list with the slots of each sequence.
-        mask: [B, 1, 1, L], true where a slot counts; None if all do.
     """
 
     new_lengths: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     write_slots: torch.Tensor | None = None
     read_slots: torch.Tensor | list[torch.Tensor] | None = None
-    mask: torch.Tensor | None = None
 
     @property
     def reads_prompts(self) -> bool:
@@ -160,9 +155,8 @@ def step_metadata(step: StepContext) -> CpuAttentionMetadata:
         metadata.write_slots = slots_BL.gather(1, lengths_B1 - 1).flatten()
         if min(metadata.lengths) < max(metadata.lengths):
             counts_BL = positions < lengths_B1
-            metadata.mask = counts_BL[:, None, None, :]
             # Behind its end a sequence's block list may name anything, also blocks of other
-            # sequences: what is read there is masked, but it must be finite, and its own first
+            # sequences: what is read there does not count, but it must be finite, and its own first
             # slot is.
             slots_BL = torch.where(counts_BL, slots_BL, slots_BL[:, :1])
         metadata.read_slots = slots_BL.flatten()
@@ -170,7 +164,7 @@ def step_metadata(step: StepContext) -> CpuAttentionMetadata:
 
 
 class CpuAttention(AttentionImpl):
-    """Writes the new keys and values, then attends with torch's fused kernel."""
+    """Writes the new keys and values, then attends."""
 
     def __init__(self, spec: PagedAttentionBuildSpec):
         """Raises NotImplementedError for a model that needs more than causal attention."""
@@ -184,6 +178,7 @@ class CpuAttention(AttentionImpl):
                 "multi-head latent attention": spec.use_flash_mla or spec.mla_index_topk,
                 "attention sinks": spec.learnable_sink,
                 "block-sparse attention": spec.block_sparse_size != 1,
+                "another scale": spec.scale not in (None, spec.head_dim**-0.5),
             }.items()
             if needed
         ]
@@ -209,37 +204,24 @@ class CpuAttention(AttentionImpl):
     ) -> torch.Tensor:
         """[N, H, E] of the new tokens; query is [N, H, E], key and value are [N, K, E]."""
         tensors = (k_cache, v_cache, k_scales_zeros, v_scales_zeros)
-        open_cache = CACHES[QUANTIZED_BITS.get(attn_metadata.quant_policy)]
-        keys, values = open_cache([x.flatten(0, 1) for x in tensors if x is not None])
+        cache = [x.flatten(0, 1) for x in tensors if x is not None]
+        keys, values = open_slots(cache, self.head_size)
         keys.write(attn_metadata.write_slots, key)
         values.write(attn_metadata.write_slots, value)
         if attn_metadata.reads_prompts:
             return self.read_prompts(query, key, value, keys, values, attn_metadata)
-        return self.decode(query, keys, values, attn_metadata)
-
-    def decode(
-        self, q_BHE: torch.Tensor, keys: "Slots", values: "Slots", metadata: CpuAttentionMetadata
-    ) -> torch.Tensor:
-        """One new token for each sequence, all sequences at once."""
-        B, H, E = q_BHE.shape
-        k_BKLE, v_BKLE = (
-            slots.read(metadata.read_slots, q_BHE.dtype).unflatten(0, (B, -1)).transpose(1, 2)
-            for slots in (keys, values)
-        )
-        # The G query heads of a key head take the place of G query positions: nothing is copied.
-        q_BKGE = q_BHE.view(B, self.num_kv_heads, -1, E)
-        y_BKGE = F.scaled_dot_product_attention(
-            q_BKGE, k_BKLE, v_BKLE, attn_mask=metadata.mask, scale=self.scale
-        )
-        return y_BKGE.reshape(B, H, -1)
+        metadata = attn_metadata
+        slots_BL = metadata.read_slots.unflatten(0, (len(metadata.lengths), -1))
+        y_BC = attend(query, keys, values, slots_BL, metadata.kv_seqlens - 1)
+        return y_BC.view_as(query)
 
     def read_prompts(
         self,
         q_NHE: torch.Tensor,
         k_NKE: torch.Tensor,
         v_NKE: torch.Tensor,
-        keys: "Slots",
-        values: "Slots",
+        keys: Slots,
+        values: Slots,
         metadata: CpuAttentionMetadata,
     ) -> torch.Tensor:
         """Sequence by sequence: the new tokens attend to all before them, cached ones included."""
@@ -248,97 +230,17 @@ class CpuAttention(AttentionImpl):
         for q, k, v, slots in zip(*parts, metadata.read_slots, strict=True):
             if len(q) < len(slots):  # part was cached: by an earlier chunk, turn or sequence
                 k, v = keys.read(slots, q.dtype), values.read(slots, q.dtype)
-            outputs.append(causal_attention(q, k, v, self.scale))
+            outputs.append(self.attend_causally(q, k, v))
         return torch.cat(outputs)
 
-
-def causal_attention(
-    q_NHE: torch.Tensor, k_LKE: torch.Tensor, v_LKE: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The last N of L tokens attend to all up to themselves, [N, H, E].
-
-    torch's kernel is quick with short prompts only (512 tokens in bfloat16, one thread: 6.2 ms a
-    layer, 2.0 ms this way). So the queries are cut into blocks, each with two products over the
-    keys up to its end; the query heads that share a key head are laid under one another.
-    """
-    N, H, E = q_NHE.shape
-    L, K, _ = k_LKE.shape
-    if L <= BLOCK:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE, k_LKE, v_LKE))
-        mask = torch.ones(N, L, dtype=torch.bool).tril(L - N) if N < L else None
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-        return y[0].transpose(0, 1)
-    q_KGNE = (q_NHE * scale).unflatten(1, (K, -1)).permute(1, 2, 0, 3)
-    k_KEL, v_KLE = k_LKE.permute(1, 2, 0).contiguous(), v_LKE.transpose(0, 1).contiguous()
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
-    outputs = []
-    for q_KGnE in q_KGNE.split(BLOCK, dim=2):
-        n = q_KGnE.shape[2]
-        end = L - N + n + sum(y.shape[2] for y in outputs)
-        scores_KGnl = (q_KGnE.flatten(1, 2) @ k_KEL[:, :, :end]).unflatten(1, (-1, n))
-        scores_KGnl[..., end - n :].masked_fill_(future[:n, :n], float("-inf"))
-        weights = scores_KGnl.softmax(-1).flatten(1, 2)  # float32 inside
-        outputs.append((weights @ v_KLE[:, :end]).unflatten(1, (-1, n)))
-    return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-class QuantizedSlots(Slots):
-    """A layer's keys, or values, as integers of 8 or 4 bits.
-
-    A slot holds each head's vector as unsigned integers q, with its own scale and zero point:
-    x ≈ (q - zero) · scale. Two int4 share a byte: the first half of the vector the low bits.
-    """
-
-    def __init__(self, rows_SKE: torch.Tensor, scales_zeros_SK2: torch.Tensor, bits: int):
-        super().__init__(rows_SKE)
-        self.scales_zeros_SK2, self.bits = scales_zeros_SK2, bits
-
-    def write(self, slots_N: torch.Tensor, x_NKE: torch.Tensor) -> None:
-        q_NKE, scales_zeros = quantize(x_NKE, self.bits)
-        super().write(slots_N, q_NKE)
-        self.scales_zeros_SK2.index_copy_(0, slots_N, scales_zeros)
-
-    def read(self, slots_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        scales_zeros = self.scales_zeros_SK2.index_select(0, slots_N)
-        return dequantize(super().read(slots_N, dtype), scales_zeros, self.bits, dtype)
-
-
-def open_int8(cache) -> tuple[QuantizedSlots, QuantizedSlots]:
-    keys, values, key_scales, value_scales = cache
-    return QuantizedSlots(keys, key_scales, 8), QuantizedSlots(values, value_scales, 8)
-
-
-def open_int4(cache) -> tuple[QuantizedSlots, QuantizedSlots]:
-    keys, values, key_scales, value_scales = cache
-    return QuantizedSlots(keys, key_scales, 4), QuantizedSlots(values, value_scales, 4)
-
-
-CACHES = {None: open_slots, 8: open_int8, 4: open_int4}
-
-
-def quantize(x_NKE: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unsigned integers of so many bits, and (scale, zero) [N, K, 2], in the layout of LMDeploy's
-    own kernels."""
-    x = x_NKE.float()
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
-    zero = -low / scale
-    q = (x / scale + zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    if bits == 4:
-        first, second = q.chunk(2, dim=-1)
-        q = first | (second << 4)
-    return q, torch.cat((scale, zero), dim=-1).to(x_NKE.dtype)
-
-
-def dequantize(
-    q: torch.Tensor, scales_zeros: torch.Tensor, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The inverse of `quantize`, up to rounding."""
-    if bits == 4:
-        q = torch.cat((q & 0xF, q >> 4), dim=-1)
-    scale, zero = scales_zeros.to(dtype).chunk(2, dim=-1)
-    return (q.to(dtype) - zero) * scale
+    def attend_causally(self, q_NHE, k_LKE, v_LKE) -> torch.Tensor:
+        """The last N of L tokens attend to all up to themselves, [N, H, E]."""
+        N, L = len(q_NHE), len(k_LKE)
+        q_1HNE, k_1KLE, v_1KLE = (x.transpose(0, 1)[None] for x in (q_NHE, k_LKE, v_LKE))
+        mask_NL = torch.ones(N, L, dtype=torch.bool).tril(L - N) if N < L else None
+        y_1HNE = F.scaled_dot_product_attention(
+            q_1HNE, k_1KLE, v_1KLE, attn_mask=mask_NL, is_causal=mask_NL is None, enable_gqa=True)
+        return y_1HNE[0].transpose(0, 1)
 
 
 # ---- Small operators -----------------------------------------------------------------------------

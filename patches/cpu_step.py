@@ -1,20 +1,23 @@
-"""The engine's decoding step as machine code: model/step.py over LMDeploy's weights and cache.
+"""The engine's steps as machine code: model/step.py over LMDeploy's weights and cache.
 
-On a GPU the engine records a step once as a CUDA graph and replays it, since starting hundreds of
-small operators would take longer than their work. On a CPU it is no different; here the step is
-compiled instead. Prompts, of any length, take the usual way through network.py.
+On a GPU the engine records a decoding step once as a CUDA graph and replays it, since starting
+hundreds of small operators would take longer than their work. On a CPU it is no different; here the
+step is compiled instead. So is what lies between two attentions when prompts are read: there the
+small operators pass over much memory for little work, and fused they pass over it once.
 """
+from itertools import pairwise
+
 import torch
 from lmdeploy.pytorch.backends.graph_runner import GraphRunner
 from torch.utils import _pytree as pytree
 
-from model import compilation
+from model import compilation, kernels, slots
 from model import step as step_file
 from model.compilation import FlatFunction, compiled
 from model.step import DecodeStep, LayerWeights, StepWeights, Weight, multiply
 from training.terminal import note
 
-from . import cpu_backend, cpu_linear
+from . import cpu_linear
 from .cpu_linear import (
     CpuLinearW4A16,
     can_pack,
@@ -24,17 +27,17 @@ from .cpu_linear import (
 )
 from .network import YuanMengModel
 
-SOURCES = [module.__file__ for module in (compilation, step_file, cpu_backend, cpu_linear)]
+SOURCES = [module.__file__ for module in (compilation, kernels, slots, step_file, cpu_linear)]
 
 
 class CpuRunner(GraphRunner):
-    """Runs decoding steps compiled, all else as the network stands."""
+    """Runs compiled what can be, all else as the network stands."""
 
     def __init__(self, model, model_config, cache_config, backend_config, device, **kwargs):
         super().__init__(model, model_config, cache_config, backend_config, device, **kwargs)
-        self.step = None
+        self.step = self.prompts = None
         if isinstance(model, YuanMengModel) and not backend_config.eager_mode:
-            self.step = CompiledStep(model)
+            self.step, self.prompts = CompiledStep(model), CompiledPrompts.build(model)
 
     def get_capture_batch_sizes(self) -> list[int]:
         """Trial steps before the first request: one for each way of decoding."""
@@ -42,9 +45,10 @@ class CpuRunner(GraphRunner):
 
     def __call__(self, **inputs) -> torch.Tensor:
         metadata = inputs["attn_metadata"]
-        if self.step is None or metadata.reads_prompts or inputs.get("inputs_embeds") is not None:
+        way = self.prompts if metadata.reads_prompts else self.step
+        if way is None or inputs.get("inputs_embeds") is not None:
             return self.model(**inputs)
-        hidden_1ND = self.step(
+        hidden_1ND = way(
             inputs["input_ids"], inputs["position_ids"], inputs["past_key_values"], metadata)
         return self.model(**inputs) if hidden_1ND is None else hidden_1ND
 
@@ -73,11 +77,11 @@ class CompiledStep:
         several = len(read_NL) > 1
         kind = (several, int(metadata.quant_policy))
         if kind not in self.functions:
-            self.functions[kind] = self.build(caches, changing, kind)
+            self.functions[kind] = self.build(caches, changing, several)
         function = self.functions[kind]
         if function is None:
             return None
-        self.hidden_ND, logits_NV = function([*self.lasting(caches, several), *changing])
+        self.hidden_ND, logits_NV = function([*self.lasting(caches, packed=several), *changing])
         self.logits_1NV = logits_NV[None]
         return self.hidden_ND[None]
 
@@ -87,39 +91,87 @@ class CompiledStep:
                 and hidden_states.data_ptr() == self.hidden_ND.data_ptr()
                 and hidden_states.numel() == self.hidden_ND.numel())
 
-    def lasting(self, caches, several: bool) -> list[torch.Tensor]:
+    def lasting(self, caches, packed: bool) -> list[torch.Tensor]:
         """Weights and cache as a flat list; found anew when the engine has changed them."""
         head = self.network.output
         place = (head.weight.data_ptr(), id(head.impl.packed_OI), caches[0][0].data_ptr())
-        if several not in self.held or self.held[several][0] != place:
-            weights = network_weights(self.network, packed=several)
+        if packed not in self.held or self.held[packed][0] != place:
+            weights = network_weights(self.network, packed)
             tensors = pytree.tree_leaves((weights, flat_caches(caches)))
             place = (place[0], id(head.impl.packed_OI), place[2])
-            self.held[several] = (place, tensors)
-        return self.held[several][1]
+            self.held[packed] = (place, tensors)
+        return self.held[packed][1]
 
-    def build(self, caches, changing: list[torch.Tensor], kind: tuple[bool, int]):
-        several, quant_policy = kind
-        network = self.network
+    def build(self, caches, changing: list[torch.Tensor], several: bool) -> FlatFunction | None:
+        network, cache = self.network, flat_caches(caches)
         weights = network_weights(network)
         if weights is None:
             return None
-        packed = several and can_pack(network.dtype)
-        if packed:
-            teach_compiler()
-        bits = cpu_backend.QUANTIZED_BITS.get(quant_policy)
-        step = DecodeStep.of(network.config, network.dtype, open_cache=cpu_backend.CACHES[bits],
-                             product=multiply_any_packed if packed else multiply_any)
+        product = choose_product(network.dtype) if several else multiply_any
+        step = DecodeStep.of(network.config, network.dtype, product=product)
         Dim = torch.export.Dim
-        batch = {0: Dim("B", min=2, max=4096)} if several else None
-        longest = {**(batch or {}), 1: Dim("L", min=2, max=1 << 24)}
+        batch = {0: Dim("B", min=2, max=4096)} if several else {}
         return compiled(
             step,
-            (weights, flat_caches(caches), *changing),
-            (None, {0: Dim("S", min=2)}, batch, batch, batch, longest),
-            name=f"step-{'many' if several else 'one'}",
-            key=step.key, sources=SOURCES, say=note,
+            (weights, cache, *changing),
+            (None, {0: Dim("S", min=2)}, batch, batch, batch,
+             {**batch, 1: Dim("L", min=2, max=1 << 24)}),
+            name=f"step-{'many' if several else 'one'}", key=step.key, sources=SOURCES,
+            kernels=step.kernels(cache[0]), say=note,
         )
+
+
+class CompiledPrompts:
+    """Reads prompts: attention as the network has it, and between two layers' a compiled piece."""
+
+    def __init__(self, network: YuanMengModel, pieces: DecodeStep, function: FlatFunction):
+        self.network, self.pieces, self.function = network, pieces, function
+
+    @classmethod
+    def build(cls, network: YuanMengModel) -> "CompiledPrompts | None":
+        """None if it cannot be built, or if the weights are of 4 bits: with many rows these are
+        turned back into numbers first (cpu_linear.py)."""
+        weights = network_weights(network)
+        if weights is None or isinstance(weights.layers[0].wqkv, tuple):
+            return None
+        pieces = DecodeStep.of(
+            network.config, network.dtype, product=choose_product(network.dtype))
+        x_ND = torch.zeros(2, network.config.hidden_size)
+        angles_N1E = torch.zeros(2, 1, network.config.head_dim)
+        heads = network.config.num_attention_heads
+        y_NC = x_ND.new_zeros(2, heads * network.config.head_dim, dtype=network.dtype)
+        tokens = {0: torch.export.Dim("N", min=2, max=1 << 24)}
+        function = compiled(
+            pieces.between,
+            (weights.layers[0], x_ND, y_NC, angles_N1E, angles_N1E.clone()),
+            (None, tokens, tokens, tokens, tokens),
+            name="prompts", key=pieces.key, sources=SOURCES, say=note,
+        )
+        return None if function is None else cls(network, pieces, function)
+
+    def __call__(self, ids_1N, positions_1N, caches, metadata) -> torch.Tensor:
+        """Hidden states [1, N, D] of the N new tokens."""
+        weights, pieces = network_weights(self.network, packed=True), self.pieces
+        x_ND = weights.embeddings[ids_1N[0]].float()
+        cos_N1E, sin_N1E = (table[positions_1N[0]][:, None] for table in (weights.cos, weights.sin))
+        qkv = pieces.enter(x_ND, weights.layers[0], cos_N1E, sin_N1E)
+        attentions = [layer.attention for layer in self.network.layers]
+        for attention, cache, (this, following) in zip(
+                attentions, caches, pairwise(weights.layers), strict=False):
+            y_NC = attention.attend_cached(*qkv, cache, metadata).flatten(1)
+            both = this._replace(attention_norm=following.attention_norm, wqkv=following.wqkv)
+            x_ND, *qkv = self.function([*both, x_ND, y_NC, cos_N1E, sin_N1E])
+        y_NC = attentions[-1].attend_cached(*qkv, caches[-1], metadata).flatten(1)
+        x_ND = pieces.leave(x_ND, y_NC, weights.layers[-1])
+        return pieces.normalize(x_ND, weights.norm)[None]
+
+
+def choose_product(dtype: torch.dtype):
+    """The product with many rows."""
+    if not can_pack(dtype):
+        return multiply_any
+    teach_compiler()
+    return multiply_any_packed
 
 
 def multiply_any(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:

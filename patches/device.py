@@ -27,6 +27,7 @@ def patches() -> list[Patch]:
         weight_dtype(),
         backend(),
         environment_check(),
+        likeliest_token(),
         *(streams(module, stand_in) for module in MODULES_WITH_STREAMS),
         key_value_cache(),
         state_cache(),
@@ -148,6 +149,21 @@ def environment_check() -> Patch:
         original(self, device="cpu", logger=logger)
 
     return exchange(symbol, "makes its test tensor on a GPU", init)
+
+
+def likeliest_token() -> Patch:
+    """`FusedLogitsProcessor.sampling` takes `argmax`, which torch computes number by number; `max`
+    uses the processor's vectors (32 x 6400 in bfloat16: 0.38 ms against 0.08)."""
+    symbol = f"{ENGINE}.logits_process.FusedLogitsProcessor.sampling"
+    original = look_at(symbol, parameters=["self", "logits"],
+                       contains=["if sampling_inputs.max_top_k == 1:", "logits.argmax(-1)"])
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.sampling_inputs.max_top_k == 1:
+            return logits.max(-1).indices
+        return original(self, logits)
+
+    return exchange(symbol, "is slow at finding the likeliest token", sample)
 
 
 # ---- Streams, memory and the literal "cuda" ------------------------------------------------------

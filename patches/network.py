@@ -67,13 +67,17 @@ class Attention(nn.Module):
     def forward(self, x_1ND, rope, cache: tuple[torch.Tensor, ...], attn_metadata) -> torch.Tensor:
         q_NHE, k_NKE, v_NKE = self.wqkv.split_qkv(self.wqkv(x_1ND).flatten(0, -2))
         q_NHE, k_NKE = self.rotate(q_NHE, k_NKE, *rope, inplace=True)
+        y_NHE = self.attend_cached(q_NHE, k_NKE, v_NKE, cache, attn_metadata)
+        return self.wo(y_NHE.reshape(*x_1ND.shape[:-1], -1))
+
+    def attend_cached(self, q_NHE, k_NKE, v_NKE, cache, attn_metadata) -> torch.Tensor:
+        """New keys and values go into the cache, of which each query then sees its sequence's."""
         # A quantized cache holds two more tensors: scales and zero points of keys and of values.
         k_cache, v_cache, k_scales, v_scales = (*cache, None, None)[:4]
-        y_NHE = self.attend(
+        return self.attend(
             q_NHE, k_NKE, v_NKE, k_cache, v_cache, attn_metadata,
             k_scales_zeros=k_scales, v_scales_zeros=v_scales, inplace=True,
         )
-        return self.wo(y_NHE.reshape(*x_1ND.shape[:-1], -1))
 
 
 class FeedForward(nn.Module):

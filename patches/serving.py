@@ -30,7 +30,7 @@ ENGINE_PROCESS = "lmdeploy.pytorch.engine.mp_engine.zmq_engine.ZMQMPEngine"
 MAX_GRAMMAR_SECONDS = 10
 MAX_GRAMMAR_CACHE = 64 * 2**20  # bytes
 TURNS = 20  # of the event loop, in which a first token reaches its reader
-SHORT_STEP = 0.01  # seconds that nobody minds to wait
+SHORT_STEP = 0.025  # seconds
 PRIME = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 

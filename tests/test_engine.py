@@ -90,7 +90,7 @@ def judge(shipped, tmp_path_factory) -> Judge:
 def steps() -> Counter:
     """What the engine did since the counter was cleared."""
     patches.register()
-    from patches import cpu_backend
+    from patches import cpu_backend, cpu_step
 
     counter, original = Counter(), cpu_backend.step_metadata
 
@@ -106,13 +106,22 @@ def steps() -> Counter:
         else:
             block = step.cache_config.block_size
             counter["decode steps"] += 1
-            counter["ragged decode steps"] += metadata.mask is not None
+            counter["ragged decode steps"] += min(metadata.lengths) < max(metadata.lengths)
             counter["largest batch"] = max(counter["largest batch"], len(metadata.lengths))
             counter["most blocks"] = max(counter["most blocks"], -(-max(metadata.lengths) // block))
         return metadata
 
+    def count_calls(name, call):
+        def counted_call(*args):
+            counter[name] += 1
+            return call(*args)
+        return counted_call
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cpu_backend, "step_metadata", counted)
+        for name in ("CompiledStep", "CompiledPrompts"):
+            kind = getattr(cpu_step, name)
+            monkeypatch.setattr(kind, "__call__", count_calls(name, kind.__call__))
         yield counter
 
 
@@ -185,6 +194,21 @@ def test_prompts_of_1_to_2000_tokens(engine, judge, steps, text_ids):
     assert steps["prompt tokens"] == sum(lengths) - 1
     assert steps["most blocks"] == 32 and steps["largest batch"] == 1
     assert steps["prompts with a past"] == 0
+    # All of it as machine code: the prompts but for that one, and every token but the last ones.
+    assert steps["CompiledPrompts"] == len(lengths) - 1
+    assert steps["CompiledStep"] == steps["decode steps"]
+
+
+def test_without_machine_code(steps, judge, text_ids):
+    """As where there is no compiler, or with --eager-mode."""
+    pipe = start(eager_mode=True)
+    try:
+        steps.clear()
+        assert_equal(pipe, judge, cut(text_ids, [1, 40, 200, 3]), [12, 9, 14, 20])
+        assert steps["largest batch"] == 4 and steps["ragged decode steps"] > 0
+        assert steps["CompiledPrompts"] == steps["CompiledStep"] == 0
+    finally:
+        pipe.close()
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8, 32])

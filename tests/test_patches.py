@@ -198,7 +198,7 @@ def test_the_stand_in_refuses_what_it_does_not_know():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_keys_come_back_within_half_a_step(bits):
-    from patches.cpu_backend import dequantize, quantize
+    from model.slots import dequantize, quantize
 
     torch.manual_seed(0)
     x = torch.randn(50, 2, 64) * torch.logspace(-3, 3, 50)[:, None, None]

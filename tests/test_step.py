@@ -13,6 +13,7 @@ from model.export import llama_config, llama_state
 from model.generation import generate_tokens, sample
 from model.step import DecodeStep, OneSequence, empty_caches, step_weights
 
+NONE = compilation.Kernels()
 CONFIG = dict(vocab_size=300, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 
@@ -106,18 +107,20 @@ def test_the_machine_code_writes_what_transformers_writes(network, llama, folder
 def test_another_shape_or_number_of_threads_is_another_build(network, monkeypatch):
     weights = step_weights(network)
     arguments, free = (weights,), (None,)
-    first = compilation._digest(arguments, free, "", [])
-    assert compilation._digest(arguments, free, "", []) == first
-    assert compilation._digest(arguments, free, "8 bits", []) != first
-    assert compilation._digest(arguments, free, "", [__file__]) != first
+    first = compilation._digest(arguments, free, "", [], NONE)
+    assert compilation._digest(arguments, free, "", [], NONE) == first
+    assert compilation._digest(arguments, free, "8 bits", [], NONE) != first
+    assert compilation._digest(arguments, free, "", [__file__], NONE) != first
+    other = compilation.Kernels(text="int x;")
+    assert compilation._digest(arguments, free, "", [], other) != first
     wider = pytree.tree_map(lambda tensor: tensor.bfloat16(), weights)
-    assert compilation._digest((wider,), free, "", []) != first
+    assert compilation._digest((wider,), free, "", [], NONE) != first
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert compilation._digest(arguments, free, "", []) != first
+    assert compilation._digest(arguments, free, "", [], NONE) != first
     rows = (torch.zeros(3, 2),), (torch.zeros(5, 2),)
     batch = ({0: "B"},)
-    assert len({compilation._digest(r, batch, "", []) for r in rows}) == 1
-    assert len({compilation._digest(r, (None,), "", []) for r in rows}) == 2
+    assert len({compilation._digest(r, batch, "", [], NONE) for r in rows}) == 1
+    assert len({compilation._digest(r, (None,), "", [], NONE) for r in rows}) == 2
 
 
 def test_without_a_compiler_one_line_says_so(network, folder, monkeypatch):

@@ -1,0 +1,56 @@
+"""The operators in C++ against the same ones computed by torch."""
+import pytest
+import torch
+
+from model import compilation, kernels
+from model.slots import open_slots, quantize
+
+SLOTS, HEADS, KV_HEADS, INPUTS = 40, 8, 2, 200  # 200 is no multiple of any vector's length
+
+
+def make_cache(dtype: torch.dtype, width: int, bits: int) -> list[torch.Tensor]:
+    """Keys and values, [slots, heads, width], quantized to so many bits (0: not at all)."""
+    numbers = [torch.randn(SLOTS, KV_HEADS, width).to(dtype) for _ in range(2)]
+    if not bits:
+        return numbers
+    (keys, key_scales), (values, value_scales) = (quantize(x, bits) for x in numbers)
+    return [keys, values, key_scales, value_scales]
+
+
+def step(cache, q_BHE, slots_BL, positions_B, x_1I, weight_OI):
+    keys, values = open_slots(cache, q_BHE.shape[-1])
+    return (kernels.attend(q_BHE, keys, values, slots_BL, positions_B),
+            kernels.multiply_vector(x_1I, weight_OI))
+
+
+@pytest.mark.parametrize(("dtype", "width", "bits"), [
+    (torch.float32, 64, 0), (torch.bfloat16, 64, 0), (torch.bfloat16, 48, 0),
+    (torch.bfloat16, 64, 8), (torch.float32, 64, 4),
+])
+def test_the_machine_code_computes_what_torch_computes(dtype, width, bits, tmp_path, monkeypatch):
+    """Sequences of different lengths, in slots anywhere; what lies behind a sequence's length is
+    not looked at."""
+    monkeypatch.setattr(compilation, "FOLDER", tmp_path)
+    torch.manual_seed(0)
+    positions_B = torch.tensor([0, 16, 5])
+    slots_BL = torch.randint(1, SLOTS, (3, 17))
+    cache = make_cache(dtype, width, bits)
+    arguments = (cache, torch.randn(3, HEADS, width).to(dtype), slots_BL, positions_B,
+                 torch.randn(1, INPUTS).to(dtype), torch.randn(30, INPUTS).to(dtype))
+    said = []
+    function = compilation.compiled(
+        step, arguments, (None,) * 6, name="kernels", key="", sources=[],
+        kernels=kernels.source(dtype, HEADS, KV_HEADS, width, cache), say=said.append)
+    assert function is not None, said
+    # The reference computes in float32 what the operators were given.
+    wide = [x.float() if x.is_floating_point() else x for x in cache]
+    expected = step(wide, *(x.float() if x.is_floating_point() else x for x in arguments[1:]))
+    for past in range(int(positions_B[0]) + 1, 17):
+        slots_BL[0, past] = 0  # a slot of which nothing may be seen
+    for tensor in cache[:2]:
+        tensor[0] = 77
+    leaves = [*cache, *arguments[1:]]
+    limits = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for found, right in zip(function(leaves), expected, strict=True):
+        assert found.dtype is dtype
+        torch.testing.assert_close(found.float(), right, **limits)
