@@ -189,14 +189,21 @@ class Worker:
         return True
 
     def seconds(self, *sizes: int) -> float | None:
-        """How long one call takes; None where the contestant has no such call."""
-        self.pipe.send(sizes)
-        seconds, self.memory = self.pipe.recv()
+        """How long one call takes; None where the contestant has no such call, or has crashed."""
+        try:
+            self.pipe.send(sizes)
+            seconds, self.memory = self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            return None
         return seconds
 
     def close(self) -> None:
         self.pipe.send(None)
         self.process.join(60)
+
+    @property
+    def crashed(self) -> bool:
+        return not self.process.is_alive()
 
 
 def serve(pipe, make: Callable, arguments: tuple, threads: int) -> None:
@@ -365,6 +372,10 @@ def main() -> None:
                 if seconds is not None and round_number:  # the first round warms up
                     key = (worker.name, call)
                     best[key] = min(best.get(key, seconds), seconds)
+    for worker in workers:
+        if worker.crashed:
+            print(f"{worker.name} crashed and is left out")
+    workers = [worker for worker in workers if not worker.crashed]
     table = Table("", *(f"{b} at once" for b in BATCHES), f"reading {LONG_PROMPT}", "GB/s at 1",
                   f"GFLOP/s at {BATCHES[-1]}", "GFLOP/s reading", "MiB",
                   title="tokens a second: writing after 64, and reading")
