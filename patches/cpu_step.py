@@ -149,9 +149,12 @@ class CompiledPrompts:
         )
         return None if function is None else cls(network, pieces, function)
 
-    def __call__(self, ids_1N, positions_1N, caches, metadata) -> torch.Tensor:
-        """Hidden states [1, N, D] of the N new tokens."""
+    def __call__(self, ids_1N, positions_1N, caches, metadata) -> torch.Tensor | None:
+        """Hidden states [1, N, D] of the N new tokens; None if the weights have changed to a kind
+        that the pieces do not know."""
         weights, pieces = network_weights(self.network, packed=True), self.pieces
+        if weights is None:
+            return None
         x_ND = weights.embeddings[ids_1N[0]].float()
         cos_N1E, sin_N1E = (table[positions_1N[0]][:, None] for table in (weights.cos, weights.sin))
         qkv = pieces.enter(x_ND, weights.layers[0], cos_N1E, sin_N1E)
