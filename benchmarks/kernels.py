@@ -86,7 +86,8 @@ def compare_attention(caches: list) -> None:
     config, ours = preset_config("26m"), None
     for sequences, length in ((1, 96), (1, 2000), (8, 96), (32, 96), (32, 500)):
         arguments = (
-            caches[0], torch.randn(sequences, config.num_attention_heads, config.head_dim).bfloat16(),
+            caches[0],
+            torch.randn(sequences, config.num_attention_heads, config.head_dim).bfloat16(),
             torch.arange(sequences * length).view(sequences, length),
             torch.full((sequences,), length - 1))
         if ours is None or sequences == 8:  # one sequence is another build than several

@@ -142,10 +142,9 @@ def _build(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
     leaves, spec = pytree.tree_flatten(tuple(arguments))
     shapes = _leaf_shapes(arguments, dynamic)
-    # torch puts what is listed for an operator behind `extern`, in an `extern "C"` block.
-    shims = {operator: [] for operator in kernels.operators}
-    for listed in list(shims.values())[:1]:
-        listed.append(f'"C++" {{\n{kernels.text}\n}}')
+    # torch writes what is listed here behind `extern`, in an `extern "C"` block: once, the text.
+    text = [f'"C++" {{\n{kernels.text}\n}}']
+    shims = {operator: [] if i else text for i, operator in enumerate(kernels.operators)}
     FOLDER.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings(), \
             tempfile.TemporaryDirectory(dir=FOLDER) as folder:

@@ -201,7 +201,8 @@ class OneSequence:
             step,
             (weights, caches, number, number.clone(), number.clone(), numbers),
             (None, {0: all_slots}, None, None, None, {1: length}),
-            name="step-chat", key=step.key, sources=SOURCES, kernels=step.kernels(caches[0]), say=say,
+            name="step-chat", key=step.key, sources=SOURCES, kernels=step.kernels(caches[0]),
+            say=say,
         )
         return None if function is None else cls(model, function, weights)
 

@@ -30,7 +30,9 @@ ENGINE_PROCESS = "lmdeploy.pytorch.engine.mp_engine.zmq_engine.ZMQMPEngine"
 MAX_GRAMMAR_SECONDS = 10
 MAX_GRAMMAR_CACHE = 64 * 2**20  # bytes
 TURNS = 20  # of the event loop, in which a first token reaches its reader
-SHORT_STEP = 0.025  # seconds
+# Seconds that nobody minds to wait. In the thread a step is slower, so that a limit close to usual
+# steps would keep them there.
+SHORT_STEP = 0.025
 PRIME = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 

@@ -45,12 +45,11 @@ def test_the_machine_code_computes_what_torch_computes(dtype, width, bits, tmp_p
     # The reference computes in float32 what the operators were given.
     wide = [x.float() if x.is_floating_point() else x for x in cache]
     expected = step(wide, *(x.float() if x.is_floating_point() else x for x in arguments[1:]))
-    for past in range(int(positions_B[0]) + 1, 17):
-        slots_BL[0, past] = 0  # a slot of which nothing may be seen
+    for slots_L, position in zip(slots_BL, positions_B, strict=True):
+        slots_L[position + 1 :] = 0  # a slot of which nothing may be seen
     for tensor in cache[:2]:
         tensor[0] = 77
-    leaves = [*cache, *arguments[1:]]
-    limits = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    for found, right in zip(function(leaves), expected, strict=True):
+    limit = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    for found, right in zip(function([*cache, *arguments[1:]]), expected, strict=True):
         assert found.dtype is dtype
-        torch.testing.assert_close(found.float(), right, **limits)
+        torch.testing.assert_close(found.float(), right, rtol=limit, atol=limit)
