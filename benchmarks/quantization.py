@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import patches
 from dataset.tasks import draw, read_tasks
+from evaluate import Settings as Evaluation
 from evaluate import measure
 from lmdeploy_pipeline import after_prompt
 from model import MINI_DIR, TOKENIZER_DIR
@@ -203,8 +204,11 @@ def weights_in_memory(pipe) -> int:
     for module in network.modules():  # 4-bit matrices are kept in a form of their own
         if impl := getattr(module, "impl", None):
             tensors += [value for value in vars(impl).values() if isinstance(value, torch.Tensor)]
-    pieces = {(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors}
-    return sum(size for _, size in pieces)
+    pieces = {  # a packed matrix does not tell where it lies, but is always one by itself
+        id(tensor) if tensor.is_mkldnn else tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for tensor in tensors
+    }
+    return sum(pieces.values())
 
 
 def cache_per_token(pipe) -> float:
@@ -228,7 +232,7 @@ def measure_transformers(settings: Settings, tasks: dict, dtype: str) -> Variant
         variant.file_bytes = weights_on_disk(folder)
         checkpoint = Checkpoint(
             folder, settings.batch_size, patches.default_device(), getattr(torch, dtype))
-    scores, _ = measure(checkpoint, tasks, settings.max_new_tokens)
+    scores, _ = measure(checkpoint, tasks, Evaluation(max_new_tokens=settings.max_new_tokens))
     variant.scores = {score.name: score for score in scores}
     variant.weights_bytes = sum(
         weight.numel() * weight.element_size() for weight in checkpoint.model.parameters())
@@ -243,7 +247,7 @@ def measure_engine(variant: Variant, settings: Settings, tasks: dict) -> Variant
     checkpoint = EngineCheckpoint(
         variant.folder, settings.batch_size, variant.dtype, variant.quant_policy)
     try:
-        scores, _ = measure(checkpoint, tasks, settings.max_new_tokens)
+        scores, _ = measure(checkpoint, tasks, Evaluation(max_new_tokens=settings.max_new_tokens))
         variant.scores = {score.name: score for score in scores}
         variant.weights_bytes = weights_in_memory(checkpoint.pipe)
         variant.cache_bytes = cache_per_token(checkpoint.pipe)

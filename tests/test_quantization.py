@@ -13,11 +13,15 @@ import patches
 from benchmarks.quantization import (
     TOTAL,
     EngineCheckpoint,
+    Settings,
     Variant,
     all_differences,
     assert_cache_is_read,
     cache_per_token,
     main,
+    measure_engine,
+    measure_transformers,
+    memory_rows,
     perplexity_change,
     rate_rows,
     text_rows,
@@ -111,6 +115,30 @@ def test_bytes_are_counted_once(engine, four_bit_cache, judge):
     # point for each head.
     assert cache_per_token(engine.pipe) == 4 * 2 * 2 * 64 * 4
     assert cache_per_token(four_bit_cache.pipe) == 4 * 2 * 2 * (64 // 2 + 2 * 4)
+
+
+@pytest.mark.slow
+def test_both_ways_of_measuring_fill_the_same_tables():
+    tasks = {
+        "bits_per_byte": [{"kind": "text", "source": "poem", "text": text}
+                          for context, text in PAIRS if not context],
+        "poem_author": [{"kind": "choice", "question": PAIRS[1][0], "answer": 1,
+                         "choices": ["杜甫", "李白"]}],
+        "identity": [{"kind": "chat", "accept": ["缘梦"],
+                      "conversations": [{"role": "user", "content": "你是谁"}]}],
+    }
+    settings = Settings(model=str(MINI_DIR), max_new_tokens=24)
+    patches.register()
+    ways = [measure_transformers(settings, tasks, "bfloat16"),
+            measure_engine(Variant("engine", str(MINI_DIR), "bfloat16"), settings, tasks)]
+    assert ways[0].scores.keys() == ways[1].scores.keys() > {TOTAL, "poem_author", "identity"}
+    # Rounding apart, and that the product with many rows lies in memory once more.
+    totals = [way.scores[TOTAL].value for way in ways]
+    assert totals[0] == pytest.approx(totals[1], rel=0.01)
+    rows = memory_rows(ways)[1:]
+    assert [row[0] for row in rows] == ["transformers, bfloat16", "engine"]
+    assert rows[0][1] == rows[0][2] == rows[1][1] == "9.2" and rows[0][3] == rows[1][3] == "2,048"
+    assert float(rows[1][2]) in (9.2, 18.4)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
