@@ -191,7 +191,7 @@ class YuanMengModel(PreTrainedModel, GenerationMixin):
         """
         rope = rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, mask, cache)
+            x_BTD = layer(x_BTD, rope=rope, mask=mask, cache=cache)
         return self.norm(x_BTD)
 
     def forward(

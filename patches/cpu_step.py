@@ -132,7 +132,7 @@ class CompiledPrompts:
         """None if it cannot be built, or if the weights are of 4 bits: with many rows these are
         turned back into numbers first (cpu_linear.py)."""
         weights = network_weights(network)
-        if weights is None or isinstance(weights.layers[0].wqkv, tuple):
+        if weights is None or isinstance(weights.layers[0].wo, tuple):
             return None
         pieces = DecodeStep.of(
             network.config, network.dtype, product=choose_product(network.dtype))

@@ -45,7 +45,7 @@ MERGED = (
 class Attention(nn.Module):
     """Grouped-query self-attention over the paged cache."""
 
-    def __init__(self, config: YuanMengConfig, **place):
+    def __init__(self, config: YuanMengConfig, name: str, **place):
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         place["quant_config"] = getattr(config, "quantization_config", None)
@@ -56,12 +56,14 @@ class Attention(nn.Module):
             head_size=config.head_dim,
             bias=False,
             num_replicate_kv_heads=getattr(config, "num_replicate_key_value_heads", 1),
+            prefix=f"{name}.wqkv",
             **place,
         )
         self.rotate = ApplyRotaryEmb()
         self.attend = PagedAttention(heads, config.head_dim, num_kv_heads=kv_heads)
         self.wo = build_o_proj(
-            heads * config.head_dim, config.hidden_size, bias=False, is_tp=True, **place
+            heads * config.head_dim, config.hidden_size, bias=False, is_tp=True,
+            prefix=f"{name}.wo", **place,
         )
 
     def forward(self, x_1ND, rope, cache: tuple[torch.Tensor, ...], attn_metadata) -> torch.Tensor:
@@ -83,13 +85,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) · w3 x)."""
 
-    def __init__(self, config: YuanMengConfig, **place):
+    def __init__(self, config: YuanMengConfig, name: str, **place):
         super().__init__()
-        place["quant_config"] = getattr(config, "quantization_config", None)
+        place |= {"quant_config": getattr(config, "quantization_config", None), "is_tp": True}
         width, inner = config.hidden_size, config.intermediate_size
-        self.w13 = build_gateup_linear(width, [inner, inner], bias=False, is_tp=True, **place)
+        self.w13 = build_gateup_linear(
+            width, [inner, inner], bias=False, prefix=f"{name}.w13", **place)
         self.gate = SiluAndMul(inplace=True)
-        self.w2 = build_down_linear(inner, width, bias=False, is_tp=True, **place)
+        self.w2 = build_down_linear(inner, width, bias=False, prefix=f"{name}.w2", **place)
 
     def forward(self, x_1ND: torch.Tensor) -> torch.Tensor:
         return self.w2(self.gate(self.w13(x_1ND)))
@@ -98,12 +101,12 @@ class FeedForward(nn.Module):
 class YuanMengDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); the sums are the norms' work."""
 
-    def __init__(self, config: YuanMengConfig, **place):
+    def __init__(self, config: YuanMengConfig, name: str, **place):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **place)
-        self.attention = Attention(config, **place)
+        self.attention = Attention(config, f"{name}.attention", **place)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **place)
-        self.feed_forward = FeedForward(config, **place)
+        self.feed_forward = FeedForward(config, f"{name}.feed_forward", **place)
 
     def forward(self, x_1ND, residual_1ND, rope, cache, attn_metadata):
         if residual_1ND is None:
@@ -132,7 +135,8 @@ class YuanMengModel(nn.Module, CudaGraphMixin):
         place = {"dtype": dtype, "device": device}
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **place)
         self.layers = nn.ModuleList(
-            YuanMengDecoderLayer(config, **place) for _ in range(config.num_hidden_layers)
+            YuanMengDecoderLayer(config, f"layers.{i}", **place)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **place)
         self.output = build_rowwise_linear(
@@ -141,6 +145,17 @@ class YuanMengModel(nn.Module, CudaGraphMixin):
         self.rope = build_rotary_embedding(
             config.head_dim, config.max_position_embeddings, config.rope_theta, device=device
         )
+
+    @classmethod
+    def update_quant_config(cls, quant_config):
+        """Called before the layers are made: a merged matrix is left as it is if its parts are."""
+        if quant_config is not None:
+            for name in list(quant_config.ignored_layers):
+                for part, merged, _ in MERGED:
+                    if f"{name}.".endswith(part):
+                        quant_config.ignored_layers.append(
+                            f"{name}.".replace(part, merged).rstrip("."))
+        return quant_config
 
     def forward(
         self,

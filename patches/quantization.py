@@ -35,6 +35,10 @@ LINEAR_TO_LINEARS = {
     "attention.wv": ["attention.wo"],  # with grouped queries LMDeploy leaves this pair out
     "feed_forward.w3": ["feed_forward.w2"],
 }
+# Stay as they are. Tokens' embeddings have much in common, so what rounding does to the first layer's
+# values is nearly the same for all tokens, and attention, a mean over tokens, does not average it
+# out. In the shipped model it did all of the harm that 4 bits did (docs/lmdeploy.md).
+KEPT = [f"layers.0.attention.{name}" for name in ("wq", "wk", "wv")]
 HUB_DATASET = "wikitext2"  # LMDeploy's default name; here it means the user's own data
 SAMPLE_BYTES = 8 << 20  # drawn from the data, whatever its size
 
@@ -51,7 +55,9 @@ def patches() -> list[Patch]:
         entry(f"{calibrate}.HEAD_NAME_MAP", ARCHITECTURE, "output"),
         entry(f"{awq}.NORM_FCS_MAP", LAYER, NORM_TO_LINEARS),
         entry(f"{awq}.FC_FCS_MAP", LAYER, LINEAR_TO_LINEARS),
+        kept_matrices(),
         forward(),
+        scale_search(),
         data(),
         data_names(),
         auto_awq(),
@@ -82,6 +88,25 @@ def entry(symbol: str, key: str, value: object) -> Patch:
     return Patch(symbol, f"does not know {key}", apply)
 
 
+def kept_matrices() -> Patch:
+    """`MODELS` has a class for each network of which not all matrices are quantized."""
+    symbol = "lmdeploy.lite.model.MODELS"
+    registry = look_at(symbol)
+    if not hasattr(registry, "register_module"):
+        raise refuse(symbol, "is not a registry")
+    _, _, base = find("lmdeploy.lite.model.base.Base")
+
+    class YuanMeng(base):
+        @classmethod
+        def skipped_modules(cls) -> list[str]:
+            return list(KEPT)  # LMDeploy appends to it
+
+    def apply() -> None:
+        registry.register_module(name=ARCHITECTURE, module=YuanMeng)
+
+    return Patch(symbol, f"does not know what of {ARCHITECTURE} stays as it is", apply)
+
+
 def forward() -> Patch:
     """`CalibrationContext.calibrate` runs `self.model.model`, which only some networks have."""
     symbol = "lmdeploy.lite.quantization.calibration.CalibrationContext.calibrate"
@@ -90,9 +115,27 @@ def forward() -> Patch:
     def calibrate(self, data: torch.Tensor) -> None:
         body = getattr(self.model, "transformer", None) or getattr(self.model, "model", None)
         with torch.inference_mode():
-            (body or self.model)(data.to(self.device))
+            (body or self.model)(data.to(self.device), use_cache=False)
 
     return exchange(symbol, "wants a network inside the network", calibrate)
+
+
+def scale_search() -> Patch:
+    """`auto_scale_block` keeps the weights that it tries scales on by `v.cpu()`, which copies them
+    only if they are not on the CPU already: there each trial would start from the last one's."""
+    symbol = "lmdeploy.lite.quantization.calibration.auto_scale_block"
+    original = look_at(
+        symbol, parameters=["module", "module_kwargs", "w_bit", "w_group_size", "input_feat",
+                            "mod_name"],
+        contains=["org_sd = {k: v.cpu() for k, v in block.state_dict().items()}"])
+
+    def search(module: torch.nn.Module, *args, **kwargs) -> None:
+        hooks = [part.register_state_dict_post_hook(copy_tensors) for part in module.modules()]
+        original(module, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+
+    return exchange(symbol, "loses the weights that it tries scales on", search)
 
 
 def data() -> Patch:
@@ -188,6 +231,12 @@ def fitting_group(config, wanted: int) -> int:
     if group != wanted:
         print(f"Groups of {group}: {wanted} does not divide {' and '.join(map(str, widths))}")
     return group
+
+
+def copy_tensors(module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+    """A hook of `state_dict`: what it returns does not change with the module."""
+    for name, tensor in state.items():
+        state[name] = tensor.clone()
 
 
 # ---- Calibration text ----------------------------------------------------------------------------

@@ -63,8 +63,8 @@ assert {p.symbol for p in registered} >= set(before)
 same = [name for name in before if before[name] is after[name]]
 # Maps get a line, and the builder a subclass; all else is another object.
 assert sorted(name.rsplit(".", 1)[1] for name in same) == [
-    "AutoModelConfigBuilder", "FC_FCS_MAP", "HEAD_NAME_MAP", "LAYER_TYPE_MAP", "MODULE_MAP",
-    "NORM_FCS_MAP", "NORM_TYPE_MAP"], same
+    "AutoModelConfigBuilder", "FC_FCS_MAP", "HEAD_NAME_MAP", "LAYER_TYPE_MAP", "MODELS",
+    "MODULE_MAP", "NORM_FCS_MAP", "NORM_TYPE_MAP"], same
 assert set(after["lmdeploy.pytorch.models.module_map.MODULE_MAP"]) - architectures == {
     "YuanMengModel"}
 assert torch.cuda is cuda and sys.modules["torch"] is torch and torch.cuda.Stream.__module__ == (
