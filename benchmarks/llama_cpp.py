@@ -2,7 +2,7 @@
 
 llama-cpp-python is built from source, which takes minutes, so it is not among the requirements:
 
-    python -m pip install --target .venv/llama llama-cpp-python==0.3.36
+    python -m pip install --no-deps --target .venv/llama llama-cpp-python==0.3.36 diskcache==5.6.3
     PYTHONPATH=.venv/llama python -m benchmarks.llama_cpp
 """
 import json
@@ -20,6 +20,7 @@ from model.generation import generate_tokens
 from model.loading import find_weights, load_model, load_tokenizer
 from training.settings import option, parse_settings
 
+PACKAGES = ["llama-cpp-python==0.3.36", "diskcache==5.6.3"]
 QUESTIONS = ["你是谁", "李白是谁？", "36加47等于多少", "今天天气怎么样", "“画蛇添足”是什么意思？",
              "写一个Python函数，求两个数的和。", "Who are you?", "你喜欢吃什么"]
 
