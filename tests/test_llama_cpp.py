@@ -20,8 +20,8 @@ BUILD = "-DLLAVA_BUILD=OFF -DGGML_LLAMAFILE=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1"
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> Path:
-    """The folder in which llama-cpp-python is installed, beside this environment's packages."""
-    folder = Path(sys.prefix) / "llama"
+    """The folder in which llama-cpp-python is installed, within this environment."""
+    folder = Path(sys.prefix) / "llama-slow"  # not where the benchmarks look for theirs
     if not (folder / "llama_cpp").is_dir():
         if not shutil.which("c++"):
             pytest.skip("llama.cpp is built with a C++ compiler, and here is none")
