@@ -13,7 +13,7 @@ import torch
 
 from model import compilation, kernels
 from model.config import preset_config
-from model.slots import open_slots
+from model.slots import open_slots, quantize
 from model.step import empty_caches
 from patches.cpu_linear import CpuLinear, can_pack
 from training.settings import option, parse_settings
@@ -58,7 +58,8 @@ def attend_over(cache, q_BHE, slots_BL, positions_B) -> torch.Tensor:
     return kernels.attend(q_BHE, keys, values, slots_BL, positions_B)
 
 
-def compare_products(cache: list) -> None:
+def compare_products() -> None:
+    cache = make_caches(0)[0]
     print("matrix times vector, bfloat16; microseconds, and GB/s of the matrix\n"
           "      shape   torch   packed   kernels.cpp")
     inputs, outputs = torch.export.Dim("I", min=2), torch.export.Dim("O", min=2)
@@ -79,18 +80,33 @@ def compare_products(cache: list) -> None:
         print(f"{outputs:6d} x {inputs:4d} {cells}")
 
 
-def compare_attention(caches: list) -> None:
-    print("attention over the cache, bfloat16, one layer; microseconds\n"
-          "  sequences   tokens each   torch, by copies   kernels.cpp")
+def make_caches(bits: int) -> list[list[torch.Tensor]]:
+    """A cache for each layer of 26m, filled at random; `bits` 0: bfloat16 numbers."""
+    caches = []
+    for keys_values in empty_caches(preset_config("26m"), torch.bfloat16, 16_000):
+        cache = [tensor.normal_() for tensor in keys_values]
+        if bits:
+            (keys, key_scales), (values, value_scales) = (quantize(x, bits) for x in cache)
+            cache = [keys, values, key_scales, value_scales]
+        caches.append(cache)
+    return caches
+
+
+def compare_attention() -> None:
+    print("attention over the cache, one layer; microseconds\n"
+          "  cache      sequences   tokens each   torch, by copies   kernels.cpp")
     Dim = torch.export.Dim
-    config, ours = preset_config("26m"), None
-    for sequences, length in ((1, 96), (1, 2000), (8, 96), (32, 96), (32, 500)):
+    config = preset_config("26m")
+    for bits, (sequences, length) in itertools.product(
+            (0, 8, 4), ((1, 96), (1, 2000), (8, 96), (32, 96), (32, 500))):
+        if (sequences, length) == (1, 96):
+            caches = make_caches(bits)
         arguments = (
             caches[0],
             torch.randn(sequences, config.num_attention_heads, config.head_dim).bfloat16(),
             torch.arange(sequences * length).view(sequences, length),
             torch.full((sequences,), length - 1))
-        if ours is None or sequences == 8:  # one sequence is another build than several
+        if length == 96 and sequences < 32:  # one sequence is another build than several
             batch = {0: Dim("B", min=2, max=64)} if sequences > 1 else {}
             ours = build(attend_over, arguments, (
                 None, batch, {**batch, 1: Dim("L", min=2, max=1 << 16)}, batch), caches[0])
@@ -99,19 +115,17 @@ def compare_attention(caches: list) -> None:
             microseconds(lambda cache, rest=rest: attend_over(cache, *rest), caches),
             microseconds(lambda cache, rest=rest, f=ours: f([*cache, *rest]), caches),
         ]
-        print(f"{sequences:11d} {length:13d} {times[0]:18.0f} {times[1]:13.0f}")
+        name = f"int{bits}" if bits else "bfloat16"
+        print(f"  {name:8}{sequences:12d}{length:14d}{times[0]:19.0f}{times[1]:14.0f}")
 
 
 def main() -> None:
     settings = parse_settings(Settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    caches = [list(cache) for cache in empty_caches(preset_config("26m"), torch.bfloat16, 16_000)]
-    for tensor in itertools.chain.from_iterable(caches):
-        tensor.normal_()
     with torch.inference_mode():
-        compare_products(caches[0])
-        compare_attention(caches)
+        compare_products()
+        compare_attention()
 
 
 if __name__ == "__main__":

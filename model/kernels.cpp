@@ -83,6 +83,16 @@ constexpr int N = (E + 2 * W - 1) / (2 * W) * 2;  // registers for a head, the l
 constexpr int BYTES = BITS ? E * BITS / 8 : E * sizeof(T);
 constexpr int AHEAD = 8;  // slots
 
+// A function of its own, for torch builds without the vectorizer of loops, and this loop needs it.
+__attribute__((noinline, optimize("tree-loop-vectorize")))
+void dequantize(const uint8_t* bytes, float scale, float zero, float* numbers) {
+#pragma omp simd
+  for (int e = 0; e < BYTES; ++e) {
+    numbers[e] = ((BITS == 8 ? bytes[e] : bytes[e] & 0xF) - zero) * scale;
+    if (BITS == 4) numbers[E / 2 + e] = ((bytes[e] >> 4) - zero) * scale;
+  }
+}
+
 // The keys, or the values, of a layer: [slots, K, E], quantized ones with a scale and a zero point
 // for each head's vector, [slots, K, 2].
 struct Rows {
@@ -105,13 +115,7 @@ struct Rows {
         for (int e = 0; e < E; ++e)
           numbers[e] = static_cast<float>(reinterpret_cast<const T*>(bytes)[e]);
       } else {
-        const float scale = scales_zeros[2 * place], zero = scales_zeros[2 * place + 1];
-#pragma omp simd
-        for (int e = 0; e < BYTES; ++e) {
-          const int low = BITS == 8 ? bytes[e] : bytes[e] & 0xF;
-          numbers[e] = (low - zero) * scale;
-          if (BITS == 4) numbers[E / 2 + e] = ((bytes[e] >> 4) - zero) * scale;
-        }
+        dequantize(bytes, scales_zeros[2 * place], scales_zeros[2 * place + 1], numbers);
       }
       for (int i = 0; i < N; ++i) row[i] = Vec::loadu(numbers + i * W);
     }
