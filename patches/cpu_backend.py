@@ -139,8 +139,9 @@ def step_metadata(step: StepContext) -> CpuAttentionMetadata:
         new_lengths=step.q_seqlens.tolist(),
         lengths=step.kv_seqlens.tolist(),
     )
-    positions = torch.arange(max(metadata.lengths))
-    slots_BL = blocks[:, positions // block_size] * block_size + positions % block_size
+    longest = max(metadata.lengths)
+    blocks = blocks[:, : -(-longest // block_size), None] * block_size
+    slots_BL = (blocks + torch.arange(block_size)).flatten(1)[:, :longest]
     if max(metadata.new_lengths) > 1:
         pairs = list(zip(metadata.new_lengths, metadata.lengths, strict=True))
         metadata.read_slots = [
@@ -153,8 +154,8 @@ def step_metadata(step: StepContext) -> CpuAttentionMetadata:
     else:
         lengths_B1 = step.kv_seqlens.long()[:, None]
         metadata.write_slots = slots_BL.gather(1, lengths_B1 - 1).flatten()
-        if min(metadata.lengths) < max(metadata.lengths):
-            counts_BL = positions < lengths_B1
+        if min(metadata.lengths) < longest:
+            counts_BL = torch.arange(longest) < lengths_B1
             # Behind its end a sequence's block list may name anything, also blocks of other
             # sequences: what is read there does not count, but it must be finite, and its own first
             # slot is.

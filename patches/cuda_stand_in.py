@@ -89,4 +89,6 @@ class Torch(types.ModuleType):
         self.cuda = Cuda()
 
     def __getattr__(self, name: str):
-        return getattr(torch, name)
+        value = getattr(torch, name)
+        setattr(self, name, value)  # the next time it is found without this function
+        return value

@@ -4,6 +4,7 @@ the way; the work itself is in cpu_backend.py, which one of them (`backend`) han
 Registered only where torch finds no GPU; there, nothing of this file is used.
 """
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from model.loading import choose_dtype
 
 from .cpu_threads import release_team
 from .cuda_stand_in import Torch, memory
-from .upstream import Patch, exchange, look_at, refuse
+from .upstream import Patch, exchange, find, look_at, refuse
 
 MAX_BATCH_SIZE = 32  # more sequences at once make a CPU no faster
 ENGINE = "lmdeploy.pytorch.engine"
@@ -35,6 +36,8 @@ def patches() -> list[Patch]:
         key_value_cache(),
         state_cache(),
         transfer(),
+        outputs(),
+        sampling_state(),
         stream_of_inputs(),
         *(profiler_mark(symbol) for symbol in MARKED),
         profiler_marks_of_agent(),
@@ -178,8 +181,8 @@ def forbidden_tokens() -> Patch:
             contains=["scores.scatter_(1, valid_bad_words, filtered_scores)"])
 
     def forbid(scores, bad_words, mask, filter_value: float = -float("inf")) -> torch.Tensor:
-        rows, places = mask.nonzero(as_tuple=True)
-        if len(rows):
+        if mask.any():
+            rows, places = mask.nonzero(as_tuple=True)
             scores[rows, bad_words[rows, places]] = filter_value
         return scores
 
@@ -232,14 +235,49 @@ def state_cache() -> Patch:
 
 
 def transfer() -> Patch:
-    """`_try_to_cuda` sends a step's inputs to the GPU."""
+    """`_try_to_cuda` sends a step's inputs to the GPU; here most are where they are needed."""
     symbol = f"{ENGINE}.model_agent.agent._try_to_cuda"
     look_at(symbol, parameters=["val", "non_blocking"], contains=["val.to_device('cuda'"])
+    _, _, sampling = find(f"{ENGINE}.logits_process.SamplingInputs")
+    _, _, delta = find("lmdeploy.pytorch.model_inputs.ModelInputsDelta")
+    look_at(f"{ENGINE}.logits_process.SamplingInputs.to_device",
+            contains=["self.generated_ids is None and self.generated_ids_cpu is not None"])
+    look_at("lmdeploy.pytorch.model_inputs.ModelInputsDelta.to_device",
+            contains=["self.fill_tensors()"])
 
     def try_to_cpu(val, non_blocking: bool = False):
-        return val if val is None or isinstance(val, torch.Tensor) else val.to_device("cpu")
+        if val is None or isinstance(val, torch.Tensor):
+            return val
+        if isinstance(val, sampling) and val.generated_ids_cpu is None:
+            return val
+        if isinstance(val, delta):
+            val.fill_tensors()
+            return val
+        return val.to_device("cpu")
 
     return exchange(symbol, "copies inputs to a GPU", try_to_cpu)
+
+
+def outputs() -> Patch:
+    """`BatchedOutputs.to_cpu` fetches a step's outputs from the GPU."""
+    symbol = f"{ENGINE}.model_agent.agent.BatchedOutputs.to_cpu"
+    look_at(symbol, parameters=["self"], contains=["v = v.cpu().detach()"])
+    return exchange(symbol, "copies outputs from a GPU", lambda self: self)
+
+
+def sampling_state() -> Patch:
+    """`SamplingInputs.get_delta` copies all its tensors, of which three are read."""
+    symbol = f"{ENGINE}.logits_process.SamplingInputs.get_delta"
+    look_at(symbol, parameters=["self"], contains=["setattr(delta, k, v)"])
+    look_at(f"{ENGINE}.logits_process.SamplingInputs.update_delta",
+            contains=["for f in fields(delta):"])
+    _, _, delta = find(f"{ENGINE}.logits_process.SamplingInputsDelta")
+    names = [field.name for field in dataclasses.fields(delta)]
+
+    def get_delta(self):
+        return delta(*(getattr(self, name) for name in names))
+
+    return exchange(symbol, "copies all its fields in each step", get_delta)
 
 
 def stream_of_inputs() -> Patch:
