@@ -1,7 +1,7 @@
 """What torch is slow at when a token is written, in C++: kernels.cpp.
 
 - A matrix times a vector reads the matrix once and computes little; the library's product is made
-  for many rows and reaches half of the memory's speed.
+  for many rows and reaches half of the memory's speed. So it is with a matrix of 4-bit numbers.
 - Attention in torch wants each sequence's keys in a row of their own, for which they would be
   copied out of the cache for every token.
 
@@ -9,7 +9,7 @@ Here are the operators as torch sees them, each computed by torch; a compiled st
 compilation.py) has the C++ in their place, built along with it.
 
 Shapes in names: B sequences, L longest past with the new token, S slots, H heads, K key/value
-heads, E head width, C = H · E; I and O inputs and outputs of a product.
+heads, E head width, C = H · E; I and O inputs and outputs of a product, G groups of inputs.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +33,37 @@ def multiply_vector(x_1I: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor
 @multiply_vector.register_fake
 def _(x_1I, weight_OI) -> torch.Tensor:
     return x_1I.new_empty(1, weight_OI.shape[0])
+
+
+@torch.library.custom_op("yuanmeng::multiply_vector_4_bits", mutates_args=())
+def multiply_vector_4_bits(
+    x_1I: torch.Tensor, words: torch.Tensor, scales_GO: torch.Tensor, zeros_GO: torch.Tensor
+) -> torch.Tensor:
+    """x Wᵀ, [1, O], where W is (q - zero) · scale, with a zero and a scale for each group of inputs
+    and `pack_4_bits(q)` for q. O is a multiple of 16; scales and zeros are float32."""
+    q_GOi = unpack_4_bits(words).unflatten(1, (len(scales_GO), -1)).transpose(0, 1)
+    weight_GOi = (q_GOi - zeros_GO[..., None]) * scales_GO[..., None]
+    return F.linear(x_1I, weight_GOi.transpose(0, 1).flatten(1).to(x_1I.dtype))
+
+
+@multiply_vector_4_bits.register_fake
+def _(x_1I, words, scales_GO, zeros_GO) -> torch.Tensor:
+    return x_1I.new_empty(1, scales_GO.shape[1])
+
+
+def pack_4_bits(q_OI: torch.Tensor) -> torch.Tensor:
+    """Whole numbers from 0 to 15 in the order in which the kernel reads them, int32 [O / 16, I / 8,
+    16]: eight inputs in 32 bits, and sixteen outputs side by side. I is a multiple of 8; O is filled
+    up to a multiple of 16."""
+    filled_OI = F.pad(q_OI.int(), (0, 0, 0, -len(q_OI) % 16))
+    parts = filled_OI.unflatten(1, (-1, 8)).unflatten(0, (-1, 16)).transpose(1, 2)
+    return (parts << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def unpack_4_bits(words: torch.Tensor) -> torch.Tensor:
+    """The numbers that `pack_4_bits` packed, int32 [O, I]."""
+    parts = words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 0xF
+    return parts.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def attend(
@@ -90,5 +121,6 @@ def source(
         f"constexpr int E = {head_dim}, K = {num_kv_heads}, G = {num_heads // num_kv_heads}, "
         f"BITS = {bits}, THREADS = {torch.get_num_threads()};\n"
     )
-    operators = (multiply_vector._opoverload, paged_attention._opoverload)
+    operators = tuple(operator._opoverload for operator in (
+        multiply_vector, multiply_vector_4_bits, paged_attention))
     return Kernels(operators, known + SOURCE.read_text(encoding="utf-8"))

@@ -5,10 +5,10 @@ do so anew in each product (26m, all matrices once, 2 cores: 8 rows 4.0 ms again
 against 3.6; python -m benchmarks.products).
 
 A 4-bit weight is (q - zero) · scale, with q and zero from 0 to 15, and one scale and zero for each
-group of input channels. A step that decodes few tokens spends its time on reading weights; torch's
-kernel reads the 4 bits as they are and beats a bfloat16 product although it computes more. With
-many rows, as in reading a prompt, computing counts: then a matrix is first turned back into
-numbers. In float32 torch's kernel is slow (one row of 512 x 2816: 2.1 ms, 0.6 ms by way of
+group of input channels. A step that decodes few tokens spends its time on reading weights: torch's
+kernel for a few rows, and the compiled step's for one (model/kernels.cpp), read the 4 bits as they
+are and beat a bfloat16 product although they compute more. With many rows, as in reading a prompt,
+computing counts: then a matrix is first turned back into numbers. In float32 torch's kernel is slow (one row of 512 x 2816: 2.1 ms, 0.6 ms by way of
 numbers), so it is not used.
 
 Shapes in names: M rows, I input channels, O output channels, G groups of input channels.
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec, LinearW4A16Impl
 from lmdeploy.pytorch.backends.default.awq_modules import unpack_awq
 from lmdeploy.pytorch.backends.default.linear import DefaultLinearImpl
+
+from model.kernels import pack_4_bits, unpack_4_bits
 
 # Up to so many rows the kernel wins. 512 x 2816 on one core: 0.52 ms against 1.00 at 32 rows, 1.04
 # against 1.14 at 64, 2.12 against 1.71 at 128 (python -m benchmarks.products).
@@ -109,18 +111,17 @@ class CpuLinearW4A16(LinearW4A16Impl):
             offset_GO = (8 - zeros_GO.float()) * scales.data.float()
             scales_offsets = torch.stack((scales.data.float(), offset_GO), dim=-1)
             self.scales_offsets_GO2 = scales_offsets.bfloat16().contiguous()
-        first, second = q_OI.to(torch.uint8).chunk(2, dim=1)
-        self.halves_OI = first | (second << 4)  # two weights in a byte
-        self.scales_OG1 = scales.data.float().t().contiguous()[:, :, None]
-        self.zeros_OG1 = zeros_GO.float().t().contiguous()[:, :, None]
+        self.words = pack_4_bits(q_OI)
+        self.scales_GO, self.zeros_GO = scales.data.float(), zeros_GO.float()
         nothing = qweight.data.new_empty(0)
         return nothing, scales.data.new_empty(0), nothing.clone(), bias
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [O, I] in this dtype."""
-        q_OI = torch.cat((self.halves_OI & 0xF, self.halves_OI >> 4), dim=1)
-        q_OGi = q_OI.to(dtype).unflatten(1, (-1, self.group))
-        return ((q_OGi - self.zeros_OG1.to(dtype)) * self.scales_OG1.to(dtype)).flatten(1)
+        q_OGi = unpack_4_bits(self.words)[: self.outputs].to(dtype).unflatten(1, (-1, self.group))
+        scales_OG1, zeros_OG1 = (
+            x_GO.t().to(dtype)[:, :, None] for x_GO in (self.scales_GO, self.zeros_GO))
+        return ((q_OGi - zeros_OG1) * scales_OG1).flatten(1)
 
     def forward(self, x, qweight, scales, qzeros, bias=None, all_reduce=False, group=None):
         x_MI = x.flatten(0, -2)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from model import compilation, kernels, slots
 from model import step as step_file
 from model.compilation import FlatFunction, compiled
+from model.kernels import multiply_vector_4_bits
 from model.step import DecodeStep, LayerWeights, StepWeights, Weight, multiply
 from training.terminal import note
 
@@ -81,7 +82,7 @@ class CompiledStep:
         function = self.functions[kind]
         if function is None:
             return None
-        self.hidden_ND, logits_NV = function([*self.lasting(caches, packed=several), *changing])
+        self.hidden_ND, logits_NV = function([*self.lasting(caches, several), *changing])
         self.logits_1NV = logits_NV[None]
         return self.hidden_ND[None]
 
@@ -91,23 +92,23 @@ class CompiledStep:
                 and hidden_states.data_ptr() == self.hidden_ND.data_ptr()
                 and hidden_states.numel() == self.hidden_ND.numel())
 
-    def lasting(self, caches, packed: bool) -> list[torch.Tensor]:
+    def lasting(self, caches, several: bool) -> list[torch.Tensor]:
         """Weights and cache as a flat list; found anew when the engine has changed them."""
         head = self.network.output
         place = (head.weight.data_ptr(), id(head.impl.packed_OI), caches[0][0].data_ptr())
-        if packed not in self.held or self.held[packed][0] != place:
-            weights = network_weights(self.network, packed)
+        if several not in self.held or self.held[several][0] != place:
+            weights = network_weights(self.network, several)
             tensors = pytree.tree_leaves((weights, flat_caches(caches)))
             place = (place[0], id(head.impl.packed_OI), place[2])
-            self.held[packed] = (place, tensors)
-        return self.held[packed][1]
+            self.held[several] = (place, tensors)
+        return self.held[several][1]
 
     def build(self, caches, changing: list[torch.Tensor], several: bool) -> FlatFunction | None:
         network, cache = self.network, flat_caches(caches)
-        weights = network_weights(network)
+        weights = network_weights(network, several, to_build=True)
         if weights is None:
             return None
-        product = choose_product(network.dtype) if several else multiply_any
+        product = choose_product(network.dtype) if several else multiply_one
         step = DecodeStep.of(network.config, network.dtype, product=product)
         Dim = torch.export.Dim
         batch = {0: Dim("B", min=2, max=4096)} if several else {}
@@ -131,7 +132,7 @@ class CompiledPrompts:
     def build(cls, network: YuanMengModel) -> "CompiledPrompts | None":
         """None if it cannot be built, or if the weights are of 4 bits: with many rows these are
         turned back into numbers first (cpu_linear.py)."""
-        weights = network_weights(network)
+        weights = network_weights(network, several=True, to_build=True)
         if weights is None or isinstance(weights.layers[0].wo, tuple):
             return None
         pieces = DecodeStep.of(
@@ -152,7 +153,7 @@ class CompiledPrompts:
     def __call__(self, ids_1N, positions_1N, caches, metadata) -> torch.Tensor | None:
         """Hidden states [1, N, D] of the N new tokens; None if the weights have changed to a kind
         that the pieces do not know."""
-        weights, pieces = network_weights(self.network, packed=True), self.pieces
+        weights, pieces = network_weights(self.network, several=True), self.pieces
         if weights is None:
             return None
         x_ND = weights.embeddings[ids_1N[0]].float()
@@ -172,17 +173,24 @@ class CompiledPrompts:
 def choose_product(dtype: torch.dtype):
     """The product with many rows."""
     if not can_pack(dtype):
-        return multiply_any
+        return multiply_several
     teach_compiler()
-    return multiply_any_packed
+    return multiply_several_packed
 
 
-def multiply_any(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:
+def multiply_one(x_1I: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The product of the step, with numbers or with AWQ's 4 bits."""
+    if isinstance(weight, tuple):
+        return multiply_vector_4_bits(x_1I, *weight)
+    return multiply(x_1I, weight)
+
+
+def multiply_several(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The same for several rows."""
     return multiply_4_bits(x_BI, *weight) if isinstance(weight, tuple) else multiply(x_BI, weight)
 
 
-def multiply_any_packed(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:
+def multiply_several_packed(x_BI: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The same for several rows, which read packed numbers faster."""
     if isinstance(weight, tuple):
         return multiply_4_bits(x_BI, *weight)
@@ -194,18 +202,22 @@ def flat_caches(caches) -> list[tuple[torch.Tensor, ...]]:
     return [tuple(tensor.flatten(0, 1) for tensor in cache) for cache in caches]
 
 
-def network_weights(network: YuanMengModel, packed: bool = False) -> StepWeights | None:
+def network_weights(
+    network: YuanMengModel, several: bool, to_build: bool = False
+) -> StepWeights | None:
     """The weights of the network in the engine; None if a matrix is of a kind that the step does
     not know (4 bits in a layout without a kernel, an adapter beside it).
 
-    `packed`: as several rows are multiplied with them. The code is built with the plain ones, whose
-    shapes the compiler can see."""
-    packed = packed and can_pack(network.dtype)
+    Args:
+        several: as several rows are multiplied with them, not one.
+        to_build: none packed, for the code is built with those whose shapes the compiler sees.
+    """
+    packed = several and not to_build and can_pack(network.dtype)
     matrices = []
     for layer in network.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
         for linear in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2):
-            matrices.append(step_weight(linear, network.dtype, packed))
+            matrices.append(step_weight(linear, network.dtype, several, packed))
     if any(matrix is None for matrix in matrices):
         return None
     layers = [
@@ -214,16 +226,21 @@ def network_weights(network: YuanMengModel, packed: bool = False) -> StepWeights
             network.layers, zip(*[iter(matrices)] * 4, strict=True), strict=True)
     ]
     return StepWeights(network.tok_embeddings.weight, layers, network.norm.weight,
-                       step_weight(network.output, network.dtype, packed),
+                       step_weight(network.output, network.dtype, several, packed),
                        network.rope.cos, network.rope.sin)
 
 
-def step_weight(linear: torch.nn.Module, dtype: torch.dtype, packed: bool) -> Weight | None:
+def step_weight(
+    linear: torch.nn.Module, dtype: torch.dtype, several: bool, packed: bool
+) -> Weight | None:
     """What the step multiplies with in the place of one of LMDeploy's linear layers."""
     if getattr(linear, "lora_adapters", None):
         return None
-    if not isinstance(linear.impl, CpuLinearW4A16):
-        return linear.impl.pack(linear.weight) if packed else linear.weight
-    if linear.impl.has_kernel and dtype is torch.bfloat16:
-        return linear.impl.kernel_weight, linear.impl.scales_offsets_GO2
+    impl = linear.impl
+    if not isinstance(impl, CpuLinearW4A16):
+        return impl.pack(linear.weight) if packed else linear.weight
+    if not several:
+        return (impl.words, impl.scales_GO, impl.zeros_GO) if impl.outputs % 16 == 0 else None
+    if impl.has_kernel and dtype is torch.bfloat16:
+        return impl.kernel_weight, impl.scales_offsets_GO2
     return None

@@ -17,10 +17,24 @@ def make_cache(dtype: torch.dtype, width: int, bits: int) -> list[torch.Tensor]:
     return [keys, values, key_scales, value_scales]
 
 
-def step(cache, q_BHE, slots_BL, positions_B, x_1I, weight_OI):
+def step(cache, q_BHE, slots_BL, positions_B, x_1I, weight_OI, four_bits):
     keys, values = open_slots(cache, q_BHE.shape[-1])
     return (kernels.attend(q_BHE, keys, values, slots_BL, positions_B),
-            kernels.multiply_vector(x_1I, weight_OI))
+            kernels.multiply_vector(x_1I, weight_OI),
+            kernels.multiply_vector_4_bits(x_1I, *four_bits))
+
+
+def test_four_bits_come_back_from_their_packing():
+    q_OI = torch.randint(0, 16, (40, 24))
+    words = kernels.pack_4_bits(q_OI)
+    assert words.shape == (3, 3, 16) and words.dtype is torch.int32
+    unpacked = kernels.unpack_4_bits(words)
+    assert torch.equal(unpacked[:40], q_OI.int()) and not unpacked[40:].any()
+    # The place of each number, which the C++ counts on: eight inputs in a word, sixteen outputs in
+    # a row of words.
+    for output, i in ((0, 0), (17, 8), (39, 23)):
+        word = words[output // 16, i // 8, output % 16].item()
+        assert (word >> 4 * (i % 8)) & 15 == q_OI[output, i]
 
 
 @pytest.mark.parametrize(("dtype", "width", "bits"), [
@@ -36,20 +50,24 @@ def test_the_machine_code_computes_what_torch_computes(dtype, width, bits, tmp_p
     slots_BL = torch.randint(1, SLOTS, (3, 17))
     cache = make_cache(dtype, width, bits)
     arguments = (cache, torch.randn(3, HEADS, width).to(dtype), slots_BL, positions_B,
-                 torch.randn(1, INPUTS).to(dtype), torch.randn(30, INPUTS).to(dtype))
+                 torch.randn(1, INPUTS).to(dtype), torch.randn(30, INPUTS).to(dtype),
+                 [kernels.pack_4_bits(torch.randint(0, 16, (48, INPUTS))),
+                  torch.rand(5, 48), torch.randint(0, 16, (5, 48)).float()])
     said = []
     function = compilation.compiled(
-        step, arguments, (None,) * 6, name="kernels", key="", sources=[],
+        step, arguments, (None,) * 7, name="kernels", key="", sources=[],
         kernels=kernels.source(dtype, HEADS, KV_HEADS, width, cache), say=said.append)
     assert function is not None, said
     # The reference computes in float32 what the operators were given.
     wide = [x.float() if x.is_floating_point() else x for x in cache]
-    expected = step(wide, *(x.float() if x.is_floating_point() else x for x in arguments[1:]))
+    expected = step(
+        wide, *(x.float() if x.is_floating_point() else x for x in arguments[1:-1]), arguments[-1])
     for slots_L, position in zip(slots_BL, positions_B, strict=True):
         slots_L[position + 1 :] = 0  # a slot of which nothing may be seen
     for tensor in cache[:2]:
         tensor[0] = 77
     limit = 2e-2 if dtype is torch.bfloat16 else 1e-5
-    for found, right in zip(function([*cache, *arguments[1:]]), expected, strict=True):
+    for found, right in zip(
+            function([*cache, *arguments[1:-1], *arguments[-1]]), expected, strict=True):
         assert found.dtype is dtype
         torch.testing.assert_close(found.float(), right, rtol=limit, atol=limit)
