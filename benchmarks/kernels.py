@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.products import matrix_of_4_bits
 from model import compilation, kernels
 from model.config import preset_config
 from model.slots import open_slots, quantize
@@ -80,6 +81,29 @@ def compare_products() -> None:
         print(f"{outputs:6d} x {inputs:4d} {cells}")
 
 
+def multiply_4_bits(
+    x_1I: torch.Tensor, words: torch.Tensor, scales_GO: torch.Tensor, zeros_GO: torch.Tensor
+) -> torch.Tensor:
+    return kernels.multiply_vector_4_bits(x_1I, words, scales_GO, zeros_GO)
+
+
+def compare_4_bits() -> None:
+    print("4-bit matrix times vector, bfloat16; microseconds\n      shape   torch   kernels.cpp")
+    cache = make_caches(0)[0]
+    for outputs, inputs in ((512, 512), (2816, 512), (512, 1408)):
+        matrices = [matrix_of_4_bits(inputs, outputs, 128)
+                    for _ in range(int(2 * BYTES / outputs / inputs) + 1)]
+        x_1I = torch.randn(1, inputs).bfloat16()
+        packed = [(one.words, one.scales_GO, one.zeros_GO) for one in matrices]
+        ours = build(multiply_4_bits, (x_1I, *packed[0]), (None,) * 4, cache)
+        times = [
+            microseconds(lambda one, x=x_1I: torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x, one.kernel_weight, one.group, one.scales_offsets_GO2), matrices),
+            microseconds(lambda parts, x=x_1I, f=ours: f([x, *parts]), packed),
+        ]
+        print(f"{outputs:6d} x {inputs:4d}{times[0]:8.0f}{times[1]:14.0f}")
+
+
 def make_caches(bits: int) -> list[list[torch.Tensor]]:
     """A cache for each layer of 26m, filled at random; `bits` 0: bfloat16 numbers."""
     caches = []
@@ -125,6 +149,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         compare_products()
+        compare_4_bits()
         compare_attention()
 
 

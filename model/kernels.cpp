@@ -113,19 +113,19 @@ extern "C" AOTITorchError aoti_torch_cpu_multiply_vector_4_bits(
     const float* input = numbers.data();
     Vec y_W(0);
     for (int64_t g = 0; g < groups; ++g) {
-      Vec even(0), odd(0);
+      Vec lower(0), upper(0);  // halves of the bytes: two sums, as above
       for (int64_t i = 0; i < size; i += 8, input += 8, word += 16) {
         __builtin_prefetch(word + 512);
         Ints eight;
         std::memcpy(&eight, word, sizeof(eight));
 #pragma GCC unroll 4
-        for (int k = 0; k < 8; k += 2) {
-          even = at::vec::fmadd(low_bits(eight >> 4 * k), Vec(input[k]), even);
-          odd = at::vec::fmadd(low_bits(eight >> 4 * (k + 1)), Vec(input[k + 1]), odd);
+        for (int k = 0; k < 4; ++k) {
+          lower = at::vec::fmadd(low_bits(eight >> (8 * k)), Vec(input[k]), lower);
+          upper = at::vec::fmadd(low_bits(eight >> (8 * k + 4)), Vec(input[k + 4]), upper);
         }
       }
       // The zero point and the scale are the same in the whole group.
-      const Vec products = even + odd - Vec::loadu(zeros + g * O + o) * Vec(sums[g]);
+      const Vec products = lower + upper - Vec::loadu(zeros + g * O + o) * Vec(sums[g]);
       y_W = at::vec::fmadd(products, Vec::loadu(scales + g * O + o), y_W);
     }
     float outputs[W];

@@ -53,17 +53,19 @@ def _(x_1I, words, scales_GO, zeros_GO) -> torch.Tensor:
 
 def pack_4_bits(q_OI: torch.Tensor) -> torch.Tensor:
     """Whole numbers from 0 to 15 in the order in which the kernel reads them, int32 [O / 16, I / 8,
-    16]: eight inputs in 32 bits, and sixteen outputs side by side. I is a multiple of 8; O is filled
-    up to a multiple of 16."""
+    16]: sixteen outputs side by side, of each eight inputs in 32 bits, the first four in the lower
+    halves of the bytes. I is a multiple of 8; O is filled up to a multiple of 16."""
     filled_OI = F.pad(q_OI.int(), (0, 0, 0, -len(q_OI) % 16))
     parts = filled_OI.unflatten(1, (-1, 8)).unflatten(0, (-1, 16)).transpose(1, 2)
-    return (parts << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    places = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28], dtype=torch.int32)
+    return (parts << places).sum(-1, dtype=torch.int32)
 
 
 def unpack_4_bits(words: torch.Tensor) -> torch.Tensor:
-    """The numbers that `pack_4_bits` packed, int32 [O, I]."""
-    parts = words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 0xF
-    return parts.transpose(1, 2).flatten(2).flatten(0, 1)
+    """The numbers that `pack_4_bits` packed, uint8 [O, I]."""
+    rows = words.transpose(1, 2).flatten(0, 1)
+    lower, upper = rows & 0x0F0F0F0F, rows >> 4 & 0x0F0F0F0F
+    return torch.stack((lower, upper), dim=-1).view(torch.uint8).flatten(1)
 
 
 def attend(

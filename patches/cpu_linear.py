@@ -121,7 +121,7 @@ class CpuLinearW4A16(LinearW4A16Impl):
         q_OGi = unpack_4_bits(self.words)[: self.outputs].to(dtype).unflatten(1, (-1, self.group))
         scales_OG1, zeros_OG1 = (
             x_GO.t().to(dtype)[:, :, None] for x_GO in (self.scales_GO, self.zeros_GO))
-        return ((q_OGi - zeros_OG1) * scales_OG1).flatten(1)
+        return q_OGi.sub_(zeros_OG1).mul_(scales_OG1).flatten(1)
 
     def forward(self, x, qweight, scales, qzeros, bias=None, all_reduce=False, group=None):
         x_MI = x.flatten(0, -2)

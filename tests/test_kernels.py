@@ -29,12 +29,11 @@ def test_four_bits_come_back_from_their_packing():
     words = kernels.pack_4_bits(q_OI)
     assert words.shape == (3, 3, 16) and words.dtype is torch.int32
     unpacked = kernels.unpack_4_bits(words)
-    assert torch.equal(unpacked[:40], q_OI.int()) and not unpacked[40:].any()
-    # The place of each number, which the C++ counts on: eight inputs in a word, sixteen outputs in
-    # a row of words.
-    for output, i in ((0, 0), (17, 8), (39, 23)):
+    assert torch.equal(unpacked[:40], q_OI.to(torch.uint8)) and not unpacked[40:].any()
+    # The place of each number, which the C++ counts on.
+    for output, i, place in ((0, 0, 0), (17, 9, 8), (39, 23, 28)):
         word = words[output // 16, i // 8, output % 16].item()
-        assert (word >> 4 * (i % 8)) & 15 == q_OI[output, i]
+        assert word >> place & 15 == q_OI[output, i]
 
 
 @pytest.mark.parametrize(("dtype", "width", "bits"), [
