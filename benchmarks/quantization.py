@@ -204,10 +204,9 @@ def weights_in_memory(pipe) -> int:
     for module in network.modules():  # 4-bit matrices are kept in a form of their own
         if impl := getattr(module, "impl", None):
             tensors += [value for value in vars(impl).values() if isinstance(value, torch.Tensor)]
-    pieces = {  # a packed matrix does not tell where it lies, but is always one by itself
-        id(tensor) if tensor.is_mkldnn else tensor.data_ptr(): tensor.numel() * tensor.element_size()
-        for tensor in tensors
-    }
+    # A packed matrix does not tell where it lies, but is always one by itself.
+    pieces = {id(one) if one.is_mkldnn else one.data_ptr(): one.numel() * one.element_size()
+              for one in tensors}
     return sum(pieces.values())
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     matrices = {name: parameter for name, parameter in checkpoint.model.named_parameters()
                 if name.startswith("layers.") and parameter.dim() == 2}
     before = bits_per_byte(checkpoint, texts)
-    print(f"{before:.4f} bits per byte as it is; with 4 bits in one kind of matrix, and in all layers:")
+    print(f"{before:.4f} bits per byte as it is; what 4 bits add, in one kind of matrix and in all:")
 
     def cost(pattern: str) -> str:
         """Bits per byte more when the matrices of this name are rounded."""

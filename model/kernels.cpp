@@ -82,7 +82,7 @@ extern "C" AOTITorchError aoti_torch_cpu_multiply_vector(
 using Ints = int32_t __attribute__((vector_size(4 * W)));
 using Floats = float __attribute__((vector_size(4 * W)));
 
-// The lowest 4 bits of each number. Where a register holds a table of 16, that table is asked: it is
+// The lowest 4 bits of each number. Where a register holds a table of 16, looking them up in it is
 // faster than masking and converting.
 inline Vec low_bits(Ints numbers) {
 #if defined(CPU_CAPABILITY_AVX512) && !defined(__clang__)

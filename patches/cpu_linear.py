@@ -8,8 +8,8 @@ A 4-bit weight is (q - zero) · scale, with q and zero from 0 to 15, and one sca
 group of input channels. A step that decodes few tokens spends its time on reading weights: torch's
 kernel for a few rows, and the compiled step's for one (model/kernels.cpp), read the 4 bits as they
 are and beat a bfloat16 product although they compute more. With many rows, as in reading a prompt,
-computing counts: then a matrix is first turned back into numbers. In float32 torch's kernel is slow (one row of 512 x 2816: 2.1 ms, 0.6 ms by way of
-numbers), so it is not used.
+computing counts: then a matrix is first turned back into numbers. In float32 torch's kernel is slow
+(one row of 512 x 2816: 2.1 ms, 0.6 ms by way of numbers), so it is not used.
 
 Shapes in names: M rows, I input channels, O output channels, G groups of input channels.
 """

@@ -35,9 +35,9 @@ LINEAR_TO_LINEARS = {
     "attention.wv": ["attention.wo"],  # with grouped queries LMDeploy leaves this pair out
     "feed_forward.w3": ["feed_forward.w2"],
 }
-# Stay as they are. Tokens' embeddings have much in common, so what rounding does to the first layer's
-# values is nearly the same for all tokens, and attention, a mean over tokens, does not average it
-# out. In the shipped model it did all of the harm that 4 bits did (docs/lmdeploy.md).
+# Stay as they are. Tokens' embeddings have much in common, so what rounding does to the first
+# layer's values is nearly the same for all tokens, and attention, a mean over tokens, does not
+# average it out. In the shipped model it did all of the harm that 4 bits did (docs/lmdeploy.md).
 KEPT = [f"layers.0.attention.{name}" for name in ("wq", "wk", "wv")]
 HUB_DATASET = "wikitext2"  # LMDeploy's default name; here it means the user's own data
 SAMPLE_BYTES = 8 << 20  # drawn from the data, whatever its size

@@ -42,4 +42,5 @@ def test_llama_cpp_says_the_same(llama_cpp):
     same, of = re.search(r"([\d,]+) of ([\d,]+) texts", done.stdout).groups()
     assert of == "2,000" and int(same.replace(",", "")) >= 1980  # it has no pattern to cut by
     answers = [line for line in done.stdout.splitlines() if "→" in line]
-    assert len(answers) == len(QUESTIONS) and all(line.startswith("= ") for line in answers), answers
+    assert len(answers) == len(QUESTIONS)
+    assert all(line.startswith("= ") for line in answers), answers
