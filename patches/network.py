@@ -150,11 +150,11 @@ class YuanMengModel(nn.Module, CudaGraphMixin):
     def update_quant_config(cls, quant_config):
         """Called before the layers are made: a merged matrix is left as it is if its parts are."""
         if quant_config is not None:
-            for name in list(quant_config.ignored_layers):
-                for part, merged, _ in MERGED:
-                    if f"{name}.".endswith(part):
-                        quant_config.ignored_layers.append(
-                            f"{name}.".replace(part, merged).rstrip("."))
+            names = quant_config.ignored_layers or []
+            quant_config.ignored_layers = names + [
+                f"{name}.".replace(part, merged).removesuffix(".")
+                for name in names for part, merged, _ in MERGED if f"{name}.".endswith(part)
+            ]
         return quant_config
 
     def forward(
