@@ -42,6 +42,9 @@ def main() -> None:
     except ImportError:
         sys.exit("benchmarks/llama_cpp.py: llama-cpp-python is missing; this file's beginning says "
                  "how to build it")
+    if not Path(settings.data).is_file():
+        sys.exit(f"benchmarks/llama_cpp.py: {settings.data} does not exist; "
+                 "`python -m dataset.starter` makes it")
     path = find_weights("sft", settings.model)
     model, name = load_model(path)
     tokenizer = load_tokenizer(path, path)
