@@ -131,9 +131,11 @@ def scale_search() -> Patch:
 
     def search(module: torch.nn.Module, *args, **kwargs) -> None:
         hooks = [part.register_state_dict_post_hook(copy_tensors) for part in module.modules()]
-        original(module, *args, **kwargs)
-        for hook in hooks:
-            hook.remove()
+        try:
+            original(module, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     return exchange(symbol, "loses the weights that it tries scales on", search)
 
