@@ -14,27 +14,24 @@ The cache folder is keyed by what went in, content not dates: data, tokenizer, t
 import errno
 import glob
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.records import BrokenData, read_numbered
+from model.conversation import ConversationEncoder, is_learnt
 
 FORMAT_VERSION = 1
 HELDOUT_ONE_IN = 200
@@ -44,7 +41,6 @@ IGNORED = -100  # torch's cross-entropy leaves these targets out
 
 BATCH_RECORDS = 1000
 BATCH_CHARACTERS = 1 << 20
-PIECE_CHARACTERS = 1 << 20  # a longer text is tokenised in pieces, to bound memory
 FLUSH_TOKENS = 1 << 20
 ARRAYS = {"tokens": np.uint16, "segments": np.uint16, "loss": np.uint8, "records": np.int64}
 
@@ -195,123 +191,6 @@ def cache_key(data_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str,
     return digest.hexdigest(), {"data": data, "tokenizer": _hash(json.dumps(ours).encode()).hex()}
 
 
-# ---- Conversations: the chat template, and which of its tokens are learnt -----------------------
-
-def encode_conversation(messages: list[dict], tokenizer: PreTrainedTokenizerFast
-                        ) -> tuple[list[int], list[int]]:
-    """Render a conversation by the tokenizer's chat template; return (ids, loss), equally long.
-
-    loss is 1 on the content of the assistant's messages and the `</s>` that ends each, but for
-    messages with `"learn": false`: mistakes, which are there for what follows them. Text never
-    turns into special tokens: a `</s>` that someone wrote is four ordinary characters.
-    """
-    return _encoder(tokenizer).conversations([messages])[0]
-
-
-class TextEncoder:
-    """The tokenizer's fast backend, in batches, special tokens in text switched off."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
-        # Our own copy, because transformers changes the settings of its backend at each call.
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.encode_special_tokens = True
-        self.backend.no_truncation()
-        self.backend.no_padding()
-
-    def texts(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        pieces, owners = [], []
-        for number, text in enumerate(texts):
-            for start in range(0, len(text), PIECE_CHARACTERS):
-                pieces.append(text[start:start + PIECE_CHARACTERS])
-                owners.append(number)
-        ids = [[] for _ in texts]
-        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
-        for number, encoding in zip(owners, encodings):
-            ids[number] = ids[number] + encoding.ids if ids[number] else encoding.ids
-        return ids
-
-    def conversations(self, batch: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, loss) of each conversation, as `encode_conversation` describes."""
-        pieces = [_pieces(messages, self.tokenizer) for messages in batch]
-        # Most pieces are the template's ("assistant\n"): each text of the batch is encoded once.
-        texts = list(dict.fromkeys(
-            piece for piece, _ in itertools.chain(*pieces) if isinstance(piece, str)))
-        encoded = dict(zip(texts, self.texts(texts)))
-        rendered = []
-        for conversation in pieces:
-            ids, loss = [], []
-            for piece, learnt in conversation:
-                piece_ids = encoded[piece] if isinstance(piece, str) else [piece]
-                ids += piece_ids
-                loss += [learnt] * len(piece_ids)
-            rendered.append((ids, loss))
-        return rendered
-
-
-@lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    return TextEncoder(tokenizer)
-
-
-def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerFast
-            ) -> list[tuple[str | int, int]]:
-    """Cut a conversation into (text or special token id, loss) pieces, each tokenised by itself.
-
-    What the template writes beside a user's text ("user\\n") joins it in one piece, as when the
-    template is rendered as a whole; the assistant's text stands alone, as in generation, where
-    "assistant\\n" is already tokens before the first character of the answer exists.
-    """
-    pieces: list[tuple[str | int, int]] = []
-    text, eos = "", tokenizer.eos_token_id
-    for part in _skeleton(tokenizer, tuple(message["role"] for message in messages)):
-        if isinstance(part, str):
-            text += part
-        elif part >= 0:  # the content of a message
-            message = messages[part]
-            if message["role"] == "assistant":
-                pieces += [(text, 0), (message["content"], learnt(message))]
-                text = ""
-            else:
-                text += message["content"]
-        else:  # a special token, stored as -1 - id
-            token = -1 - part
-            ends_answer = token == eos and text == "" and bool(pieces) and pieces[-1][1] == 1
-            pieces += [(text, 0), (token, int(ends_answer))]
-            text = ""
-    pieces.append((text, 0))
-    return [piece for piece in pieces if piece[0] != ""]
-
-
-def learnt(message: dict) -> int:
-    """1 if the model is to learn to say this."""
-    return int(message["role"] == "assistant" and message.get("learn", True) is not False)
-
-
-@lru_cache(maxsize=1000)
-def _skeleton(tokenizer: PreTrainedTokenizerFast, roles: tuple[str, ...]) -> list[str | int]:
-    """Render the chat template once for this order of roles, with marks instead of contents.
-
-    Returns template text (str), message numbers (0, 1, …) and special tokens (-1 - id). So the
-    template in the tokenizer's folder is the only place that knows the format.
-    """
-    mark = "\ue000{}\ue001"  # private-use characters, found in no template
-    messages = [{"role": role, "content": mark.format(i)} for i, role in enumerate(roles)]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    special = {token: -1 - tokenizer.convert_tokens_to_ids(token)
-               for token in tokenizer.all_special_tokens}
-    cut = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    parts = [part for part in re.split(f"(\ue000[0-9]+\ue001|{cut})", rendered) if part]
-    skeleton = [special[part] if part in special
-                else int(part[1:-1]) if part[0] == "\ue000" else part for part in parts]
-    written = [part for part in skeleton if isinstance(part, int) and part >= 0]
-    if written != list(range(len(roles))):
-        raise ValueError("The chat template does not write every message once and in order: "
-                         f"cannot tell which tokens the assistant said (roles {', '.join(roles)})")
-    return skeleton
-
-
 # ---- Building the cache -------------------------------------------------------------------------
 
 def _build(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, row_length: int,
@@ -364,7 +243,7 @@ def _write_rows(data_path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, 
         numbered = read_numbered(data_path, kind, strict=strict, on_bytes=progress.update,
                                  on_broken=count_broken)
         documents = {"pretrain": _documents, "sft": _conversations}[kind]
-        for document in documents(numbered, TextEncoder(tokenizer), row_length, counts):
+        for document in documents(numbered, ConversationEncoder(tokenizer), row_length, counts):
             counts["records"] += 1
             # Decided by content: a repeated record cannot stand on both sides.
             choice = int.from_bytes(document.content_hash[:8], "big") % HELDOUT_ONE_IN
@@ -403,7 +282,7 @@ class Document:
     content_hash: bytes
 
 
-def _documents(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, row_length: int,
+def _documents(numbered: Iterable[tuple[int, dict]], encoder: ConversationEncoder, row_length: int,
                counts: dict) -> Iterator[Document]:
     """Tokenise pretraining records: `<s>` + text + `</s>`."""
     bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
@@ -417,8 +296,8 @@ def _documents(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, row_l
             yield Document(line, ids, loss, len(raw), _hash(raw))
 
 
-def _conversations(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, row_length: int,
-                   counts: dict) -> Iterator[Document]:
+def _conversations(numbered: Iterable[tuple[int, dict]], encoder: ConversationEncoder,
+                   row_length: int, counts: dict) -> Iterator[Document]:
     """Render and tokenise SFT records; one too long for a row keeps its first whole turns.
 
     Each batch comes out longest first: long ones open rows, short ones then fill the gaps.
@@ -426,23 +305,23 @@ def _conversations(numbered: Iterable[tuple[int, dict]], encoder: TextEncoder, r
     capacity = row_length + 1
     for batch in _batches(
             numbered, lambda record: sum(len(m["content"]) for m in record["conversations"])):
-        conversations = [record["conversations"] for _, record in batch]
+        conversations = [{"messages": record["conversations"]} for _, record in batch]
         documents = []
-        for (line, _), messages, (ids, loss) in zip(
-                batch, conversations, encoder.conversations(conversations)):
+        for (line, record), (ids, loss) in zip(batch, encoder.conversations(conversations)):
+            messages = record["conversations"]
             content = json.dumps([[m["role"], m["content"]] for m in messages])
             if len(ids) > capacity:
                 ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]
                 fitting = bisect_right(
-                    ends, capacity,
-                    key=lambda end: len(encoder.conversations([messages[:end]])[0][0]))
+                    ends, capacity, key=lambda end: len(
+                        encoder.conversations([{"messages": messages[:end]}])[0][0]))
                 if fitting == 0:
                     counts["dropped"] += 1
                     continue
                 counts["shortened"] += 1
                 messages = messages[:ends[fitting - 1]]
-                ids, loss = encoder.conversations([messages])[0]
-            target_bytes = sum(len(m["content"].encode()) for m in messages if learnt(m))
+                ids, loss = encoder.conversations([{"messages": messages}])[0]
+            target_bytes = sum(len(m["content"].encode()) for m in messages if is_learnt(m))
             documents.append(Document(line, np.array(ids, np.uint16), np.array(loss, np.uint8),
                                       target_bytes, _hash(content.encode())))
         yield from sorted(documents, key=lambda document: -len(document.ids))

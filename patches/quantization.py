@@ -18,8 +18,8 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from dataset.records import conversation_fault, parse_line, pick_data, text_fault
-from dataset.rows import encode_conversation
 from dataset.sampling import MAX_LINE_BYTES, Reservoir
+from model.conversation import encode_conversation
 from training.files import move_files
 
 from .cuda_stand_in import Torch
@@ -260,7 +260,7 @@ def calibration_rows(
         if isinstance(record, str):
             ids += tokenizer.encode(record, split_special_tokens=True, verbose=False)
         else:
-            ids += encode_conversation(record, tokenizer)[0]
+            ids += encode_conversation(tokenizer, record)[0]
         if len(ids) >= nsamples * seqlen:
             break
     if len(ids) < 2:

@@ -26,8 +26,9 @@ from dataset.codeact.functions import Builder, Part, Point, derivative_at, draw_
 from dataset.codeact.kinds import KINDS, LANGUAGES, read_phrasings, variants
 from dataset.codeact.verification import Process, WrongTask, fenced, messages_of, verified
 from dataset.records import conversation_fault
-from dataset.rows import encode_conversation, join_rows, prepare_rows
+from dataset.rows import join_rows, prepare_rows
 from model import TOKENIZER_DIR
+from model.conversation import encode_conversation
 
 ROOT = Path(__file__).parents[1]
 SEED = 42
@@ -236,7 +237,7 @@ def test_records_are_conversations_that_end_with_an_answer(built):
 def test_conversations_fit(tmp_path, tokenizer):
     done = build(tmp_path, "--conversations", "40", "--max_tokens", "260", "--evaluation", "1")
     assert done.returncode == 0, done.stderr
-    lengths = [len(encode_conversation(record["conversations"], tokenizer)[0])
+    lengths = [len(encode_conversation(tokenizer, record["conversations"])[0])
                for record in records(tmp_path / "train.jsonl")]
     assert len(lengths) == 40 and max(lengths) <= 260
 
@@ -350,17 +351,17 @@ def test_mistaken_code_is_read_and_not_learnt(tokenizer):
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "wrong", "learn": False},
         {"role": "user", "content": "error"}, {"role": "assistant", "content": "right"},
     ]
-    ids, loss = encode_conversation(messages, tokenizer)
+    ids, loss = encode_conversation(tokenizer, messages)
     learnt = tokenizer.decode([i for i, taught in zip(ids, loss) if taught])
     assert learnt == "right</s>" and "wrong" in tokenizer.decode(ids)
     del messages[1]["learn"]
-    assert sum(encode_conversation(messages, tokenizer)[1]) > sum(loss)
+    assert sum(encode_conversation(tokenizer, messages)[1]) > sum(loss)
 
 
 def test_outputs_are_not_learnt(built, tokenizer):
     for record in records(built / "train.jsonl")[:40]:
         messages = record["conversations"]
-        ids, loss = encode_conversation(messages, tokenizer)
+        ids, loss = encode_conversation(tokenizer, messages)
         learnt = tokenizer.decode([i for i, taught in zip(ids, loss) if taught])
         said = [m["content"] for m in messages
                 if m["role"] == "assistant" and m.get("learn", True)]

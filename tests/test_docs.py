@@ -15,8 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer, HfArgumentParser
 
-from dataset.rows import encode_conversation
 from model import TOKENIZER_DIR
+from model.conversation import encode_conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_en.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -223,7 +223,7 @@ def test_the_mask_shown_is_the_trainers(name, tokenizer):
     questions, answers = ("李白是谁", "那杜甫呢"), ("李白是唐代诗人。", "杜甫也是唐代诗人。")
     messages = [{"role": role, "content": text} for pair in zip(questions, answers, strict=True)
                 for role, text in zip(("user", "assistant"), pair, strict=True)]
-    ids, loss = encode_conversation(messages, tokenizer)
+    ids, loss = encode_conversation(tokenizer, messages)
     tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in ids]
     assert expected == [("■" if learnt else "·", token)
                         for learnt, token in zip(loss, tokens, strict=True)]

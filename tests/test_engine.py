@@ -34,6 +34,10 @@ BLOCK = 64  # tokens in a block of the cache, unless a test says otherwise
 
 # ---- The judge -----------------------------------------------------------------------------------
 
+def prompt_of(tokenizer, messages: list[dict]) -> list[int]:
+    return encode_conversation(tokenizer, messages, add_generation_prompt=True)[0]
+
+
 @pytest.fixture(scope="module")
 def shipped():
     """This repository's own model, in float32, and its tokenizer."""
@@ -279,7 +283,7 @@ def test_turns_of_a_conversation(chunked_engine, shipped, judge, steps):
     greedy, session, messages = GenerationConfig(max_new_tokens=40, do_sample=False), None, []
     for question in ("李白是谁？", "那杜甫呢？", "你是谁"):
         messages.append({"role": "user", "content": question})
-        ids = encode_conversation(shipped[1], messages)
+        ids = prompt_of(shipped[1], messages)
         expected = judge.answer(ids, 40)
         steps.clear()
         session = chunked_engine.chat(question, session=session, gen_config=greedy)
@@ -319,7 +323,7 @@ def test_the_repetition_penalty_is_model_chats(engine, shipped):
         temperature=0, repetition_penalty=1.8, max_new_tokens=40)
     questions = ["写一个Python函数，求两个数的和。" * 3, "你是谁", "李白是谁？他是哪个朝代的人？", "你喜欢吃什么"]
     chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [encode_conversation(tokenizer, chat) for chat in chats]
+    prompts = [prompt_of(tokenizer, chat) for chat in chats]
     responses = engine(chats, gen_config=[
         lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts])
     strong, none = (
@@ -337,7 +341,7 @@ def test_the_repetition_penalty_of_a_sequence_that_joins_others(engine, shipped)
         temperature=0, repetition_penalty=1.8, max_new_tokens=40)
     chats = [[{"role": "user", "content": text}]
              for text in ("写一个Python函数，求两个数的和。" * 3, "李白是谁？他是哪个朝代的人？")]
-    prompts = [encode_conversation(tokenizer, chat) for chat in chats]
+    prompts = [prompt_of(tokenizer, chat) for chat in chats]
     gen_configs = [lmdeploy_pipeline.sampling(settings, prompt) for prompt in prompts]
     first = engine.stream_infer([chats[0]], gen_config=gen_configs[:1])
     texts = [next(first).text]
@@ -595,7 +599,7 @@ def test_a_quantized_cache_is_smaller_and_answers_alike(
         assert ours < share * full
         assert agents[0].cache_engine.gpu_cache[0][0].dtype is torch.uint8
         answers = pipe(chats, gen_config=greedy)
-        expected = [shipped[1].decode(judge.answer(encode_conversation(shipped[1], chat), 32))
+        expected = [shipped[1].decode(judge.answer(prompt_of(shipped[1], chat), 32))
                     for chat in chats]
         equal = [answer.text == text for answer, text in zip(answers, expected, strict=True)]
         assert sum(equal) >= same, [answer.text for answer in answers]

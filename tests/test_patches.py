@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("lmdeploy", reason="LMDeploy is published for Linux on x86-64 only")
 
-from dataset.rows import encode_conversation
 from model import MINI_DIR, YuanMengConfig
+from model.conversation import encode_conversation
 from model.loading import load_tokenizer
 from patches import (
     SUPPORTED,
@@ -248,7 +248,7 @@ def test_conversations_calibrate_in_the_chat_template(tokenizer, tmp_path):
     rows = quantization.calibration_rows(path, tokenizer, nsamples=4, seqlen=100)
     assert [tuple(row.shape) for row in rows] == [(1, 100)] * 4
     found = torch.cat(rows, dim=1)[0].tolist()
-    whole = [encode_conversation(chat, tokenizer)[0] for chat in CHATS]
+    whole = [encode_conversation(tokenizer, chat)[0] for chat in CHATS]
     first = next(ids for ids in whole if found[: len(ids)] == ids)
     assert first != whole[0]  # drawn at random, not from the beginning
     again = quantization.calibration_rows(path, tokenizer, nsamples=4, seqlen=100)

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import rows as rows_module
 from dataset.records import BrokenData
-from dataset.rows import CacheError, encode_conversation, prepare_rows
+from dataset.rows import CacheError, prepare_rows
+from model import conversation as conversation_module
+from model.conversation import encode_conversation
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -77,45 +79,6 @@ def documents_of(row_set) -> list[tuple[int, ...]]:
         for number in range(1, int(segments.max()) + 1):
             found.append(tuple(tokens[segments == number].tolist()))
     return found
-
-
-# ---- The loss mask ------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("messages", [
-    MULTI_TURN,
-    MULTI_TURN[:2],
-    [{"role": "system", "content": "只说一个字。"}, *MULTI_TURN],
-    [{"role": "system", "content": ""}, *MULTI_TURN[:2]],
-    conversation("hello world", "👩‍👩‍👧‍👦 é 中文 \u2028 x = 1\n    y = 2\n")["conversations"],
-])
-def test_ids_equal_the_template_and_the_mask_is_the_answers(messages, tokenizer):
-    ids, loss = encode_conversation(messages, tokenizer)
-    expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert ids == expected
-    answers = "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
-    assert tokenizer.decode([i for i, learn in zip(ids, loss) if learn]) == answers
-
-
-def test_the_learnt_part_begins_where_generation_begins(tokenizer):
-    """Also when the answer opens with white space that the tokenizer would join to the prompt."""
-    for answer in ("\n\n\n诗", "  def f():", "好"):
-        messages = [MULTI_TURN[0], {"role": "assistant", "content": answer}]
-        ids, loss = encode_conversation(messages, tokenizer)
-        prompt = tokenizer.apply_chat_template(
-            messages[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
-        first = loss.index(1)
-        assert ids[:first] == prompt
-        assert tokenizer.decode([i for i, learn in zip(ids, loss) if learn]) == answer + "</s>"
-
-
-def test_special_tokens_written_in_text_stay_text(tokenizer):
-    messages = conversation("<s>user\n</s>？", "写作 </s> 或 <unk>。", system="<s>")["conversations"]
-    ids, loss = encode_conversation(messages, tokenizer)
-    assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == 3
-    assert tokenizer.unk_token_id not in ids
-    learnt = [i for i, learn in zip(ids, loss) if learn]
-    assert learnt[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(learnt[:-1]) == "写作 </s> 或 <unk>。"
 
 
 def test_unmasked_targets_of_packed_multi_turn_samples_decode_to_the_answers(tmp_path):
@@ -189,7 +152,7 @@ def test_sft_rows_hold_every_conversation_whole_and_once(pairs, open_rows, token
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "OPEN_ROWS", open_rows)
         packed = prepare_rows(data, "sft", tokenizer_dir, 700, cache_dir=tmp_path / "cache")
-    rendered = [encode_conversation(record["conversations"], tokenizer) for record in records]
+    rendered = [encode_conversation(tokenizer, record["conversations"]) for record in records]
     expected = sorted(tuple(ids) for ids, _ in rendered)
     assert sorted(documents_of(packed.train) + documents_of(packed.heldout)) == expected
     for side in (packed.train, packed.heldout):
@@ -223,7 +186,7 @@ def test_best_fit_fills_rows(tokenizer_dir, tmp_path):
 
 def test_conversations_as_long_as_a_row_and_longer(tokenizer_dir, tokenizer, tmp_path, capsys):
     two_turns = MULTI_TURN
-    ids, _ = encode_conversation(two_turns, tokenizer)
+    ids, _ = encode_conversation(tokenizer, two_turns)
     data = write_jsonl(tmp_path / "d.jsonl", [{"conversations": two_turns}])
 
     exact = prepare_rows(data, "sft", tokenizer_dir, len(ids) - 1, cache_dir=tmp_path / "cache")
@@ -231,7 +194,7 @@ def test_conversations_as_long_as_a_row_and_longer(tokenizer_dir, tokenizer, tmp
     assert exact.meta["shortened"] == exact.meta["dropped"] == 0
 
     shorter = prepare_rows(data, "sft", tokenizer_dir, len(ids) - 2, cache_dir=tmp_path / "cache")
-    assert documents_of(shorter.train) == [tuple(encode_conversation(two_turns[:2], tokenizer)[0])]
+    assert documents_of(shorter.train) == [tuple(encode_conversation(tokenizer, two_turns[:2])[0])]
     assert shorter.meta["shortened"] == 1
     assert shorter.train.target_bytes == len(two_turns[1]["content"].encode())
     assert "keep their first turns" in capsys.readouterr().err
@@ -243,7 +206,7 @@ def test_conversations_as_long_as_a_row_and_longer(tokenizer_dir, tokenizer, tmp
 
 def test_a_text_longer_than_a_piece_keeps_every_byte(tokenizer_dir, tokenizer, tmp_path,
                                                      monkeypatch):
-    monkeypatch.setattr(rows_module, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(conversation_module, "PIECE_CHARACTERS", 7)
     text = "👩‍👩‍👧‍👦" + POEM * 3
     data = write_jsonl(tmp_path / "d.jsonl", [{"text": text}])
     train = prepare_rows(data, "pretrain", tokenizer_dir, 1000, cache_dir=tmp_path / "c").train

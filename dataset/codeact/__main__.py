@@ -29,8 +29,8 @@ from codeact_pipeline import tools
 from dataset.codeact.conversations import SPLITS, Conversation, evaluation, make
 from dataset.codeact.facts import has_numbers
 from dataset.codeact.verification import WrongTask, verified
-from dataset.rows import encode_conversation
 from model import TOKENIZER_DIR
+from model.conversation import encode_conversation
 from training.files import atomic_write
 from training.settings import option, parse_settings
 
@@ -77,7 +77,7 @@ async def written(settings: Settings, sandbox: Sandbox, tally: Tally) -> AsyncIt
                 continue
             while True:
                 messages = list(itertools.chain(*parts))
-                tokens = len(encode_conversation(messages, tokenizer)[0])
+                tokens = len(encode_conversation(tokenizer, messages)[0])
                 if tokens <= settings.max_tokens or len(parts) == 2:
                     break
                 parts.pop()
