@@ -1,279 +1,258 @@
-"""Training records, streamed from JSON Lines and checked one by one, in bounded memory.
+"""Training records, read from data files of every usual kind and checked one by one.
 
-Hugging Face `datasets` reads the file as a stream of lines (no Arrow copy lands on the disk, no
-hub is asked). Parsing is ours, because the JSON loaders there stop at the first broken line, and
-a learner needs the whole list: which file, which line, what is wrong with it.
-
-    pretrain   {"text": "..."}
-    sft        {"conversations": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
-
-Other keys are allowed and ignored, but for `"learn": false` in an assistant's message, which is
-then read and not learnt (`dataset/rows.py`).
+A learner needs the whole list of what is wrong with a file: which line, and why. So a broken record
+is named and left out, and only a file with many of them is refused.
 """
-import codecs
-import glob
 import json
+import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.compute
-from datasets import Dataset, Features, Value
 from tqdm import tqdm
 
-DATA_DIR = Path(__file__).parent
-# For each stage: the file from ModelScope (better), the offline starter corpus (always possible).
-DATA_FILES = {
-    "pretrain": ("pretrain_hq.jsonl", "pretrain_starter.jsonl"),
-    "sft": ("sft_mini_512.jsonl", "sft_starter.jsonl"),
-}
-AGENT_FILE = "codeact.jsonl"  # mixed into fine-tuning where it is
+from dataset.files import (
+    BORDER,
+    LINES,
+    TEXT,
+    Block,
+    BrokenData,
+    DataFile,
+    open_as,
+    read_blocks,
+    sample_blocks,
+)
+from dataset.marks import FOREIGN, Marks, find_marks, split_documents
+from dataset.shapes import KNOWN_SHAPES, Fault, WrongShape, conversation_of, text_of
+
+PRETRAIN, SFT = "pretrain", "sft"
+MARKS_CHOICES = ("auto", "keep")
 LISTED_FAULTS = 20  # how many broken lines a report names
 EARLY_STOP_LINES = 10_000  # before this many lines, wait for the end of the file to judge it
-READ_CHARACTERS = 1 << 20
-LINES_PER_READ = 1000
-MAX_LINE_BYTES = 64 << 20
+MAX_BROKEN = 0.01  # of the lines of a file
+SAMPLED_TEXTS = 1000  # of each sampled block, to find marks in
+PARAGRAPH_BREAK = re.compile(BORDER.pattern.decode())
+SHORT_ANSWER_CHARACTERS = 4
 
 
-class BrokenData(ValueError):
-    """Too many records are broken; the message is a report that can be shown as it is."""
+@dataclass(frozen=True)
+class Reading:
+    """How the records of a file are to be understood."""
+
+    kind: str  # PRETRAIN or SFT
+    format: str  # of the file: see `dataset/files.py`
+    marks: tuple[Marks, ...] = ()  # borders between documents
 
 
-def read_records(path: str | Path, kind: str, *, strict: bool = False,
-                 max_broken: float = 0.01) -> Iterator[dict]:
-    """Stream the valid records of a JSONL file, `kind` being "pretrain" or "sft".
+@dataclass
+class Records:
+    """What a block holds: documents (str) or conversations (dict), and what was met on the way."""
 
-    Broken lines are left out, counted, and listed on stderr at the end of the file. Raises
+    records: list[tuple[int, str | dict]] = field(default_factory=list)  # each with its line
+    faults: list[tuple[int, str]] = field(default_factory=list)  # (line, why it is broken)
+    wrong_shape: tuple[int, str] | None = None  # the first fault of this kind
+    num_documents: int = 0
+    shapes: Counter = field(default_factory=Counter)
+    mended: Counter = field(default_factory=Counter)
+    foreign_marks: Counter = field(default_factory=Counter)  # records with a mark in their words
+    short_answers: Counter = field(default_factory=Counter)
+
+
+# ---- From a block to records --------------------------------------------------------------------
+
+def read_block(block: Block, reading: Reading) -> Records:
+    """Parse and check what a block holds."""
+    found = Records()
+    for number, value in _values(block, reading.format, found):
+        try:
+            if reading.kind == SFT:
+                shape, conversation = conversation_of(value, found.mended)
+                found.records.append((number, conversation))
+                _look_at_words(conversation, found)
+            else:
+                shape, text = "texts", value if reading.format == TEXT else text_of(value)
+                documents = split_documents(text, reading.marks) if reading.marks else [text]
+                found.records += [(number, document) for document in documents]
+            found.shapes[shape] += 1
+        except Fault as fault:
+            found.faults.append((number, str(fault)))
+            if isinstance(fault, WrongShape):
+                found.wrong_shape = found.wrong_shape or found.faults[-1]
+    found.num_documents = len(found.records)
+    return found
+
+
+def _values(block: Block, format: str, found: Records) -> Iterator[tuple[int, object]]:
+    """The parsed records of a block, each with its number; broken lines go into `found`."""
+    if format == TEXT:
+        yield from paragraphs(block)
+    elif format == LINES:
+        for number, line in enumerate(block.content.removesuffix(b"\n").split(b"\n"), block.first):
+            if not line.strip():
+                found.mended["blank lines skipped"] += 1
+                continue
+            try:
+                yield number, json.loads(line.decode())
+            except UnicodeDecodeError:
+                found.faults.append((number, "not UTF-8"))
+            except json.JSONDecodeError as error:
+                nul = " (a NUL byte)" if b"\0" in line else ""
+                reason = f"bad JSON: {error.msg} at column {error.colno}{nul}"
+                found.faults.append((number, reason))
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+                found.faults.append((number, f"bad JSON: {error}"))
+    else:
+        yield from block.content
+
+
+def paragraphs(block: Block) -> Iterator[tuple[int, str]]:
+    """The documents of a plain text, each with the number of the line on which it begins."""
+    text, number = block.content.decode(errors="replace"), block.first
+    pattern = PARAGRAPH_BREAK if block.by_paragraph else re.compile("\n")
+    start = 0
+    for match in [*pattern.finditer(text), None]:
+        end = match.start() if match else len(text)
+        if document := text[start:end].strip():
+            skipped = text[start:end].index(document[0])
+            yield number + text.count("\n", start, start + skipped), document
+        if match:
+            number += text.count("\n", start, match.end())
+            start = match.end()
+
+
+def _look_at_words(conversation: dict, found: Records) -> None:
+    """Count what may be a mistake in the data: marks of another template, answers all alike."""
+    messages = conversation["messages"]
+    answer = messages[-1]["content"]
+    if len(answer) <= SHORT_ANSWER_CHARACTERS:
+        found.short_answers[answer] += 1
+    for message in messages:
+        text = message["content"]
+        if ("<" in text or "[" in text) and (mark := FOREIGN.search(text)):
+            found.foreign_marks[mark[0]] += 1
+            return
+
+
+# ---- Reading whole files ------------------------------------------------------------------------
+
+def reading_of(file: DataFile, kind: str, marks: str = "auto") -> tuple[Reading, list[str]]:
+    """How this file is to be read, and what the user should know of it, a line each.
+
+    Raises:
+        BrokenData: nothing in the first block has a shape that this kind of training can use.
+    """
+    if kind == SFT and file.format == TEXT:
+        raise BrokenData(f"{file}: plain text: data for pretraining (train_pretrain.py), not for "
+                         f"fine-tuning. {KNOWN_SHAPES}")
+    reading = Reading(kind, file.format)
+    texts: list[str] = []
+    for number, block in enumerate(sample_blocks(file)):
+        sample = read_block(block, reading)
+        if number == 0 and not sample.records and (sample.wrong_shape or len(sample.faults) > 2):
+            line, reason = sample.wrong_shape or sample.faults[0]
+            hint = "" if sample.wrong_shape else ". Is this JSON Lines, one record on each line?"
+            raise BrokenData(f"{file}:{line}: {reason}{hint}")
+        texts += [text for _, text in sample.records[:SAMPLED_TEXTS] if isinstance(text, str)]
+    if kind == SFT or marks == "keep":
+        return reading, []
+    found, chats = find_marks(texts)
+    notes = [f"{file}: conversations between <|im_start|> and <|im_end|> are read as text; to learn "
+             "to answer, give them to train_sft.py as messages."] if chats else []
+    return Reading(kind, file.format, found), notes
+
+
+class FileReport:
+    """What was met in one file; stops the reading where too much of it is broken."""
+
+    def __init__(self, file: DataFile, reading: Reading, strict: bool = False,
+                 max_broken: float = MAX_BROKEN):
+        self.file, self.reading, self.strict, self.max_broken = file, reading, strict, max_broken
+        self.total = Records()
+        self.num_records = self.num_documents = self.num_broken = self.num_bytes = 0
+
+    def add(self, num_bytes: int, found: Records) -> None:
+        """Take in what a block of so many bytes held. Raises `BrokenData`."""
+        for name in ("shapes", "mended", "foreign_marks", "short_answers"):
+            getattr(self.total, name).update(getattr(found, name))
+        faults = [f"{self.file}:{line}: {reason}" for line, reason in found.faults]
+        if faults and self.strict:
+            raise BrokenData(f"{faults[0]}\nStopped at the first broken line (strict).")
+        self.total.faults += faults[:max(0, LISTED_FAULTS - len(self.total.faults))]
+        self.num_broken += len(faults)
+        self.num_records += sum(found.shapes.values())
+        self.num_documents += found.num_documents
+        self.num_bytes += num_bytes
+        # Too many already, even if every line still to come were good.
+        seen = self.num_records + self.num_broken
+        expected = seen * max(1.0, self.file.size_bytes / max(1, self.num_bytes))
+        if seen >= EARLY_STOP_LINES and self.num_broken > self.max_broken * expected:
+            raise BrokenData(self._list(" so far", stop=True))
+
+    def finish(self) -> list[str]:
+        """What the user should know of the file, a line each. Raises `BrokenData`."""
+        seen = self.num_records + self.num_broken
+        if self.num_broken > self.max_broken * seen:
+            raise BrokenData(self._list("", stop=True))
+        if not seen:
+            raise BrokenData(f"{self.file}: no records in this file.")
+        lines = [self._list("", stop=False)] if self.num_broken else []
+        lines.append(f"{self.file}: {self._recognised()}")
+        if self.total.foreign_marks:
+            names = " ".join(mark for mark, _ in self.total.foreign_marks.most_common(5))
+            lines.append(f"{self.file}: {self.total.foreign_marks.total():,} conversations hold "
+                         f"marks of another template ({names}); they are learnt as plain text.")
+        for answer, count in self.total.short_answers.most_common(1):
+            if count > max(10, self.num_records / 2):
+                lines.append(f"{self.file}: {count:,} of {self.num_records:,} conversations end "
+                             f"with the same answer {answer!r}: is it a placeholder?")
+        return lines
+
+    def _recognised(self) -> str:
+        shapes = ", ".join(f"{count:,} {shape}" for shape, count in self.total.shapes.most_common())
+        if self.reading.marks:
+            marks = ", ".join(map(str, self.reading.marks))
+            shapes += (f" with {self.num_documents:,} documents, "
+                       f"{self.num_documents / self.num_records:.1f} documents a record, "
+                       f"marks of {marks} removed")
+        mended = ", ".join(f"{count:,} {what}" for what, count in self.total.mended.most_common())
+        return shapes + (f"; {mended}" if mended else "")
+
+    def _list(self, so_far: str, stop: bool) -> str:
+        """The broken lines, one below the other, and what follows from them."""
+        lines = list(self.total.faults)
+        if self.num_broken > len(lines):
+            lines.append(f"... and {self.num_broken - len(lines):,} more")
+        summary = (f"{self.num_broken:,} of {self.num_records + self.num_broken:,} records{so_far} "
+                   "are broken")
+        lines.append(f"{summary}, more than {self.max_broken:.0%}: fix or remove them, then run "
+                     "again." if stop else f"{summary}: left out.")
+        return "\n".join(lines)
+
+
+def read_records(path: str | Path, kind: str, *, strict: bool = False, marks: str = "auto",
+                 max_broken: float = MAX_BROKEN) -> Iterator[tuple[int, str | dict]]:
+    """Stream the records of one file, each with its line: documents (`kind` "pretrain") or
+    conversations ("sft"), in the internal forms of `dataset/shapes.py`.
+
+    Broken ones are left out, counted, and listed on stderr at the end of the file. Raises
     `BrokenData` if more than the fraction `max_broken` of the lines is broken (as soon as this is
     clear), at the first one with `strict`, or if the file holds no record at all.
     """
-    for _, record in read_numbered(path, kind, strict=strict, max_broken=max_broken):
-        yield record
+    file = open_as(Path(path))
+    reading, _ = reading_of(file, kind, marks)
+    report = FileReport(file, reading, strict, max_broken)
+    for block in read_blocks(file):
+        found = read_block(block, reading)
+        report.add(block.num_bytes, found)
+        yield from found.records
+    report.finish()
+    if report.num_broken:
+        say([report._list("", stop=False)])
 
 
-def read_numbered(path: str | Path, kind: str, *, strict: bool = False, max_broken: float = 0.01,
-                  on_bytes: Callable[[int], object] | None = None,
-                  on_broken: Callable[[str], object] | None = None) -> Iterator[tuple[int, dict]]:
-    """As `read_records`, with the 1-based line number of each record.
-
-    `on_bytes` is called with the number of bytes read since its last call (for a progress bar),
-    `on_broken` with "file:line: reason" for each broken line.
-    """
-    path = Path(path)
-    check = {"pretrain": text_fault, "sft": conversation_fault}[kind]
-    size = _check_file(path)
-    faults: list[str] = []
-    line_number = broken = position = 0
-
-    for lines, num_bytes in _read_lines(path):
-        position += num_bytes
-        for line in lines:
-            line_number += 1
-            record, fault = parse_line(line, check)
-            if fault is None:
-                yield line_number, record
-                continue
-            broken += 1
-            fault = f"{path}:{line_number}: {fault}"
-            if strict:
-                raise BrokenData(f"{fault}\nStopped at the first broken line (strict).")
-            if len(faults) < LISTED_FAULTS:
-                faults.append(fault)
-            if on_broken is not None:
-                on_broken(fault)
-        if on_bytes is not None:
-            on_bytes(num_bytes)
-        # Too many already, even if every line still to come were good.
-        expected_lines = max(line_number, line_number * size / max(1, position))
-        if line_number >= EARLY_STOP_LINES and broken > max_broken * expected_lines:
-            raise BrokenData(_report(faults, broken, line_number, max_broken, "so far"))
-
-    if broken > max_broken * line_number:
-        raise BrokenData(_report(faults, broken, line_number, max_broken))
-    if broken == line_number:
-        raise BrokenData(f"{path}: no records in this file.")
-    if broken:
-        tqdm.write(_report(faults, broken, line_number), file=sys.stderr)
-
-
-def parse_line(line: str, check: Callable[[object], str | None]) -> tuple[object, str | None]:
-    """Parse one line; return (record, None), or (None, why it is broken)."""
-    if "\0" in line:
-        return None, "not UTF-8 (or a NUL byte)"
-    if not line.strip():
-        return None, "blank line"
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        return None, f"bad JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        return None, f"bad JSON: {error}"
-    fault = check(record)
-    return (record, None) if fault is None else (None, fault)
-
-
-def text_fault(record: object) -> str | None:
-    """Say what is wrong with a pretraining record, or None."""
-    if not isinstance(record, dict):
-        return f"wrong type: expected an object, found {_json_type(record)}"
-    if "text" not in record:
-        return 'missing field "text"'
-    return _string_fault('"text"', record["text"])
-
-
-def conversation_fault(record: object) -> str | None:
-    """Say what is wrong with an SFT record, or None.
-
-    A conversation is an optional system message (which may be empty), then user and assistant in
-    turn, and the assistant has the last word.
-    """
-    if not isinstance(record, dict):
-        return f"wrong type: expected an object, found {_json_type(record)}"
-    if "conversations" not in record:
-        return 'missing field "conversations"'
-    messages = record["conversations"]
-    if not isinstance(messages, list):
-        return f'wrong type: "conversations" must be a list, found {_json_type(messages)}'
-    if not messages:
-        return "empty conversation"
-
-    expected = "user"
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            return f"wrong type: message {number} must be an object, found {_json_type(message)}"
-        for field in ("role", "content"):
-            if field not in message:
-                return f'message {number}: missing field "{field}"'
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            return f"message {number}: unknown role {json.dumps(role)[:40]}"
-        if not (role == "system" and number == 1):
-            if role != expected:
-                return f"message {number}: roles out of order: {role} where {expected} is expected"
-            expected = "assistant" if role == "user" else "user"
-        fault = _string_fault('"content"', content, may_be_empty=role == "system")
-        if fault is not None:
-            return f"message {number}: {fault}"
-
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return "no assistant turn"
-    if roles[-1] != "assistant":
-        return "the last message is not the assistant's"
-    return None
-
-
-def pick_data(stage: str, override: str | None = None, *, data_dir: Path = DATA_DIR,
-              quiet: bool = False) -> Path:
-    """Choose the data file of a stage ("pretrain" or "sft"), and print which one it is.
-
-    `override` wins; else the ModelScope file if present, else the starter corpus. Raises
-    `FileNotFoundError` whose message names the commands that make one.
-    """
-    modelscope_file, starter_file = (data_dir / name for name in DATA_FILES[stage])
-    if override:
-        path, origin = Path(override), "your choice"
-        if not path.is_file():
-            raise FileNotFoundError(f"No such data file: {override}")
-    elif modelscope_file.is_file():
-        path, origin = modelscope_file, "from ModelScope"
-    elif starter_file.is_file():
-        path, origin = starter_file, "the offline starter corpus"
-    else:
-        raise FileNotFoundError(
-            f"No training data: neither {shown(modelscope_file)} nor {shown(starter_file)} exists. "
-            "Run\n"
-            "    python -m dataset.starter     (works offline from ModelScope, a few minutes), or\n"
-            "    python -m dataset.download    (larger and better, from ModelScope)")
-    if not quiet:
-        print(f"Data: {shown(path)} ({origin}, {path.stat().st_size / 1e6:,.1f} MB)")
-    return path
-
-
-def pick_agent_data(override: str | None = None, *, data_dir: Path = DATA_DIR,
-                    quiet: bool = False) -> list[Path]:
-    """The agent's conversations to be mixed into fine-tuning, if there are any: none or one file.
-
-    `override` is another file, or "none".
-    """
-    path = Path(override) if override else data_dir / AGENT_FILE
-    if override == "none" or not (override or path.is_file()):
-        return []
-    if not path.is_file():
-        raise FileNotFoundError(f"No such data file: {path}; `python -m dataset.codeact` makes it")
-    if not quiet:
-        print(f"Data: {shown(path)} (the agent's, {path.stat().st_size / 1e6:,.1f} MB)")
-    return [path]
-
-
-def shown(path: Path) -> Path:
-    """The path as a user would write it: relative to where they are, if it lies below."""
-    absolute = path.absolute()
-    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
-
-
-def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
-    """Yield (lines, bytes they took in the file), a thousand at a time.
-
-    A byte that is not UTF-8 becomes NUL, the one character that no JSON may contain in any place:
-    the line cannot slip through as valid. A lone carriage return counts as a line break, as in
-    most editors; other Unicode line separators do not.
-    """
-    codecs.register_error("nul", lambda error: ("\0", error.end))
-    with tempfile.TemporaryDirectory() as scratch:  # `datasets` wants a folder for a lock file
-        # Not load_dataset("text"): that counts its uses by asking a server, offline or not.
-        stream = Dataset.from_text(
-            glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch,
-            features=Features({"line": Value("string")}),
-            encoding="utf-8-sig", encoding_errors="nul", chunksize=READ_CHARACTERS)
-        for table in stream.with_format("arrow").iter(batch_size=LINES_PER_READ):
-            column = table["line"]
-            num_bytes = pyarrow.compute.sum(pyarrow.compute.binary_length(column)).as_py()
-            yield column.to_pylist(), num_bytes + len(column)
-
-
-def _check_file(path: Path) -> int:
-    """Return the size in bytes; raise if there is nothing to read line by line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No such data file: {path}")
-    with path.open("rb") as file:
-        first_line = file.readline(MAX_LINE_BYTES + 1)
-    if not first_line:
-        raise BrokenData(f"{path}: the file is empty.")
-    if len(first_line) > MAX_LINE_BYTES:
-        raise BrokenData(f"{path}:1: longer than {MAX_LINE_BYTES >> 20} MB. Is this JSON Lines, "
-                         "one record on each line?")
-    return path.stat().st_size
-
-
-def _string_fault(name: str, value: object, may_be_empty: bool = False) -> str | None:
-    if not isinstance(value, str):
-        return f"wrong type: {name} must be a string, found {_json_type(value)}"
-    if not may_be_empty and not value.strip():
-        return f"empty {name}"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"{name} holds half of a surrogate pair (\\u{ord(value[error.start]):04x})"
-    return None
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
-             int: "a number", float: "a number", type(None): "null"}
-    return names[type(value)]
-
-
-def _report(faults: list[str], broken: int, total: int, max_broken: float | None = None,
-            so_far: str = "") -> str:
-    """Write the list of broken lines; with `max_broken`, as the reason for stopping."""
-    lines = list(faults)
-    if broken > len(faults):
-        lines.append(f"... and {broken - len(faults):,} more")
-    summary = f"{broken:,} of {total:,} lines {so_far} are broken".replace("  ", " ")
-    if max_broken is None:
-        lines.append(f"{summary}: left out.")
-    else:
-        lines.append(f"{summary}, more than {max_broken:.0%}: fix or remove them, then run again.")
-    return "\n".join(lines)
+def say(lines: Iterable[str]) -> None:
+    """Show lines on stderr, above a progress bar if there is one."""
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)

@@ -1,21 +1,25 @@
-"""A uniform sample of lines from JSONL files of any size: one pass, bounded memory, fixed seed.
+"""A uniform sample of records from data files of any size: one pass, bounded memory, fixed seed.
 
-Every line draws a random key, and the sample is the lines with the smallest keys that fit into the
-cap, that is, the beginning of a random shuffle of the whole corpus. Only kept lines are in memory
-and only kept lines are parsed, so a pass runs at nearly the speed of the disk. This is reservoir
-sampling by random keys (Efraimidis & Spirakis, 2006) with a reservoir measured in bytes.
+Every record draws a random key, and the sample is the records with the smallest keys that fit into
+the cap, that is, the beginning of a random shuffle of the whole corpus. Only kept records are in
+memory and only kept ones are parsed, so a pass runs at nearly the speed of the disk. This is
+reservoir sampling by random keys (Efraimidis & Spirakis, 2006) with a reservoir measured in bytes.
 """
 import heapq
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-MAX_LINE_BYTES = 2**20  # a longer line is no record, and must not fill the memory
+from dataset.files import LINES, TEXT, Block, DataFile, read_blocks
+from dataset.marks import find_marks, split_documents
+from dataset.records import paragraphs
+from dataset.shapes import PREFERENCES, TEXTS, conversation_of, shape_of, text_of
+
+MAX_LINE_BYTES = 2**20  # a longer line must not fill the memory
 HELDOUT_SHARE = 200  # one line in 200 is set aside; by content, so that duplicates stay together
-CHUNK_BYTES = 2**20
 
 
 class Reservoir:
@@ -56,71 +60,79 @@ class Sample:
     bytes_seen: int = 0
 
 
-def record_text(record: object) -> str:
-    """The text of a pretraining or SFT record; ValueError with the reason if it is neither.
+def lines_of(block: Block, format: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each record in a block of a file: as it stands in a file of JSON lines;
+    from files of other formats, the JSON that would stand there."""
+    if format == LINES:
+        lines = block.content.splitlines(keepends=True)
+        yield from enumerate(lines, block.first)
+    else:
+        records = ((number, {"text": text}) for number, text in paragraphs(block)
+                   ) if format == TEXT else block.content
+        for number, record in records:
+            yield number, json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n"
 
-    A conversation keeps its role names, for a chat repeats them in every turn.
-    """
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    text, turns = record.get("text"), record.get("conversations")
-    if isinstance(turns, list):
-        try:
-            text = "\n".join(turn["role"] + "\n" + turn["content"] for turn in turns)
-        except (KeyError, TypeError):
-            raise ValueError('a turn lacks "role" or "content" (strings)') from None
-    if not isinstance(text, str):
-        raise ValueError('neither "text" (a string) nor "conversations" (a list)')
-    if not text.strip():
-        raise ValueError("empty")
-    return text
+
+def usable(line: bytes) -> str | dict:
+    """The text or the conversation in a line. Raises ValueError with the reason if it has none."""
+    record = json.loads(line)  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    shape = shape_of(record)
+    if shape == TEXTS:
+        return text_of(record)
+    if shape == PREFERENCES:
+        record = {"messages": record["chosen"]}
+    return conversation_of(record, defaultdict(int))[1]
+
+
+def as_text(record: str | dict) -> str:
+    """A text as it is; a conversation with the names of its roles, for a chat repeats them in
+    every turn."""
+    if isinstance(record, str):
+        return record
+    parts = [json.dumps(tool, ensure_ascii=False) for tool in record.get("tools", ())]
+    for message in record["messages"]:
+        words = [message.get("reasoning_content", ""), message["content"]]
+        words += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+        parts.append("\n".join([message["role"], *filter(None, words)]))
+    return "\n".join(parts)
 
 
 def sample_texts(
-    paths: Sequence[str | Path],
+    files: Sequence[DataFile],
     cap_bytes: int,
     *,
     heldout_bytes: int = 2 * 10**6,
     seed: int = 0,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Sample:
-    """Sample at most `cap_bytes` of lines from JSONL files, and at most `heldout_bytes` of others.
+    """Sample at most `cap_bytes` of records from data files, and at most `heldout_bytes` of others.
 
     `progress` is told the bytes read since it was last told. Of the broken lines only those drawn
-    can be seen; they are named in `Sample.broken`. Raises OSError if a file cannot be read.
+    can be seen; they are named in `Sample.broken`. Raises `BrokenData` if a file cannot be read.
     """
     draw = random.Random(seed).random
     train, heldout, sample = Reservoir(cap_bytes), Reservoir(heldout_bytes), Sample()
-    for file_index, path in enumerate(paths):
-        with open(path, "rb") as file:
-            line_number = unreported = 0
-            while line := file.readline(MAX_LINE_BYTES):
-                line_number += 1
-                num_bytes = len(line)
+    for file_index, file in enumerate(files):
+        for block in read_blocks(file):
+            for number, line in lines_of(block, file.format):
+                sample.lines_seen += 1
                 key = draw()
-                if num_bytes == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    while rest := file.readline(CHUNK_BYTES):
-                        num_bytes += len(rest)
-                        if rest.endswith(b"\n"):
-                            break
-                    sample.broken.append(
-                        f"{path}:{line_number}: longer than {MAX_LINE_BYTES} bytes"
-                    )
+                if len(line) >= MAX_LINE_BYTES:
+                    sample.broken.append(f"{file}:{number}: longer than {MAX_LINE_BYTES} bytes")
                 elif zlib.crc32(line) % HELDOUT_SHARE == 0:
-                    heldout.offer(key, file_index, line_number, line)
+                    heldout.offer(key, file_index, number, line)
                 elif key < train.threshold:
-                    train.offer(key, file_index, line_number, line)
-                sample.bytes_seen += num_bytes
-                unreported += num_bytes
-                if unreported >= CHUNK_BYTES:
-                    progress(unreported)
-                    unreported = 0
-            progress(unreported)
-            sample.lines_seen += line_number
+                    train.offer(key, file_index, number, line)
+            sample.bytes_seen += block.num_bytes
+            progress(block.num_bytes)
     for reservoir, texts in ((train, sample.train), (heldout, sample.heldout)):
-        for file_index, line_number, line in reservoir.lines():
+        found: dict[int, list[str]] = defaultdict(list)
+        for file_index, number, line in reservoir.lines():
             try:
-                texts.append(record_text(json.loads(line)))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                sample.broken.append(f"{paths[file_index]}:{line_number}: {error}")
+                found[file_index].append(as_text(usable(line)))
+            except ValueError as error:
+                sample.broken.append(f"{files[file_index]}:{number}: {error}")
+        for of_file in found.values():  # marks between documents are no text
+            marks, _ = find_marks(of_file)
+            texts += ["\n".join(split_documents(text, marks)) for text in of_file]
     return sample

@@ -9,15 +9,17 @@ contains; for ordinary texts the ids are the same.
 import bisect
 import json
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .bpe import TextEncoder
 
 # Longer than any token of the vocabulary: text beyond limit x this cannot fit into limit tokens.
 LONGEST_TOKEN = 128
@@ -57,11 +59,7 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        # Our own copy, because transformers changes the settings of its backend at each call.
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.encode_special_tokens = True  # their names in a text stay text
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self.encode_pieces = TextEncoder(tokenizer.backend_tokenizer)
         self.special_ids = {
             token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens
         } | {
@@ -70,17 +68,23 @@ class ConversationEncoder:
         }
         self.layouts: dict[tuple, Layout] = {}
 
-    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+    def texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Token ids of each text; special tokens in it stay text, and none is added."""
+        if all(len(text) <= PIECE_CHARACTERS for text in texts):
+            return list(self.encode_pieces(texts))
         pieces, owners = [], []
         for number, text in enumerate(texts):
             for start in range(0, len(text), PIECE_CHARACTERS):
                 pieces.append(text[start:start + PIECE_CHARACTERS])
                 owners.append(number)
-        ids: list[list[int]] = [[] for _ in texts]
-        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
-        for number, encoding in zip(owners, encodings, strict=True):
-            ids[number] = ids[number] + encoding.ids if ids[number] else encoding.ids
+        ids: list[Sequence[int]] = [[] for _ in texts]
+        for number, piece_ids in zip(owners, self.encode_pieces(pieces), strict=True):
+            if not ids[number]:
+                ids[number] = piece_ids
+            else:  # of a text of several pieces; a list of integers would take ten times as much
+                whole = array("I", ids[number]) if isinstance(ids[number], list) else ids[number]
+                whole.extend(piece_ids)
+                ids[number] = whole
         return ids
 
     def conversations(

@@ -9,17 +9,18 @@ import inspect
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from dataset.records import conversation_fault, parse_line, pick_data, text_fault
-from dataset.sampling import MAX_LINE_BYTES, Reservoir
-from model.conversation import encode_conversation
+from dataset.catalog import pick_data
+from dataset.files import BrokenData, DataFile, data_files, read_blocks
+from dataset.sampling import MAX_LINE_BYTES, Reservoir, lines_of, usable
+from model.conversation import encode_conversation, encode_text
 from training.files import move_files
 
 from .cuda_stand_in import Torch
@@ -256,13 +257,18 @@ def calibration_rows(
         SystemExit: there is no such data, or it holds no text.
     """
     ids: list[int] = []
-    for record in drawn_records(data_files(name), seed):
-        if isinstance(record, str):
-            ids += tokenizer.encode(record, split_special_tokens=True, verbose=False)
-        else:
-            ids += encode_conversation(tokenizer, record)[0]
-        if len(ids) >= nsamples * seqlen:
-            break
+    try:
+        with data_files(calibration_files(name), Path(tempfile.gettempdir())) as files:
+            for record in drawn_records(files, seed):
+                if isinstance(record, str):
+                    ids += encode_text(tokenizer, record)
+                else:
+                    ids += encode_conversation(tokenizer, record["messages"],
+                                               tools=record.get("tools"))[0]
+                if len(ids) >= nsamples * seqlen:
+                    break
+    except (BrokenData, FileNotFoundError) as error:
+        raise SystemExit(f"--calib-dataset {name}: {error}") from error
     if len(ids) < 2:
         raise SystemExit(f"--calib-dataset {name}: no text in it")
     # A short text still calibrates: one row, as long as it is.
@@ -271,42 +277,26 @@ def calibration_rows(
     return [torch.tensor([row]) for row in rows[:nsamples]]
 
 
-def data_files(name: str) -> list[Path]:
-    """The files that `--calib-dataset` means."""
+def calibration_files(name: str) -> list[Path]:
+    """The files and folders that `--calib-dataset` means."""
     path = Path(name)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
-        if not files:
-            raise SystemExit(f"--calib-dataset {name}: no .jsonl or .txt file in this folder")
-        return files
-    if path.is_file():
+    if path.exists():
         return [path]
     if path.suffix or len(path.parts) > 1:  # not a name: the user meant a file
         raise SystemExit(f"--calib-dataset {name}: no such file or folder")
-    try:
-        return [pick_data("sft")]
-    except FileNotFoundError as error:
-        raise SystemExit(f"--calib-dataset: {error}") from error
+    return pick_data("sft")
 
 
-def drawn_records(files: Iterable[Path], seed: int) -> Iterator[str | list[dict]]:
+def drawn_records(files: list[DataFile], seed: int) -> Iterator[str | dict]:
     """Texts and conversations in random order, from a uniform sample of bounded size."""
     generator, sample = random.Random(seed), Reservoir(SAMPLE_BYTES)
-    files = list(files)
     for index, file in enumerate(files):
-        with file.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES), b""), 1):
-                sample.offer(generator.random(), index, number, line)
+        for block in read_blocks(file):
+            for number, line in lines_of(block, file.format):
+                if len(line) < MAX_LINE_BYTES:
+                    sample.offer(generator.random(), index, number, line)
     drawn = sample.lines()
     generator.shuffle(drawn)
-    for index, _, line in drawn:
-        text = line.decode("utf-8", errors="replace").strip()
-        if files[index].suffix == ".txt":
-            if text:
-                yield text
-            continue
-        record, _ = parse_line(text, lambda record: None)
-        if conversation_fault(record) is None:
-            yield record["conversations"]
-        elif text_fault(record) is None:
-            yield record["text"]
+    for _, _, line in drawn:
+        with suppress(ValueError):  # a broken line calibrates nothing
+            yield usable(line)

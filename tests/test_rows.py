@@ -1,12 +1,16 @@
 """Rows: the chat template and its loss mask, packing without loss or mixing, and the cache."""
 import errno
 import json
+import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +18,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dataset import files as files_module
+from dataset import packing as packing_module
 from dataset import rows as rows_module
-from dataset.records import BrokenData
-from dataset.rows import CacheError, prepare_rows
+from dataset.files import BrokenData
+from dataset.rows import CacheError, join_rows, prepare_rows
 from model import conversation as conversation_module
 from model.conversation import encode_conversation
 
@@ -100,8 +106,6 @@ def test_unmasked_targets_of_packed_multi_turn_samples_decode_to_the_answers(tmp
             for number in range(1, int(segments_T.max()) + 1):
                 found.append(tokenizer.decode(y_T[(segments_T == number) & (y_T != -100)]))
     assert sorted(found) == expected
-    assert packed.train.target_bytes + packed.heldout.target_bytes == sum(
-        len(text.replace("</s>", "").encode()) for text in expected)
 
 
 # ---- Packing ------------------------------------------------------------------------------------
@@ -118,16 +122,15 @@ def test_pretraining_rows_give_back_the_stream(documents, row_length, flush, tok
     tmp_path = tmp_path_factory.mktemp("stream")
     data = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in documents])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "FLUSH_TOKENS", flush)
-        patch.setattr(rows_module, "HELDOUT_ONE_IN", 10**30)
-        packed = prepare_rows(data, "pretrain", tokenizer_dir, row_length,
+        patch.setattr(packing_module, "FLUSH_TOKENS", flush)
+        patch.setattr(rows_module, "HELDOUT_ONE_IN", 2**62)
+        packed = prepare_rows(data, "pretrain", tokenizer_dir, row_length, marks="keep",
                               cache_dir=tmp_path / "cache").train
     encoded = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
                for text in documents]
     stream = [token for ids in encoded for token in [1, *ids, 2]]
     owner = [number for number, ids in enumerate(encoded) for _ in range(len(ids) + 2)]
     assert packed.num_tokens == len(stream)
-    assert packed.target_bytes == sum(len(text.encode()) for text in documents)
     assert len(packed) == -(-(len(stream) - 1) // row_length)
     for i in range(len(packed)):
         real = stream[i * row_length:(i + 1) * row_length + 1]
@@ -150,7 +153,7 @@ def test_sft_rows_hold_every_conversation_whole_and_once(pairs, open_rows, token
     records = [conversation(*pair) for pair in pairs]
     data = write_jsonl(tmp_path / "d.jsonl", records)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "OPEN_ROWS", open_rows)
+        patch.setattr(packing_module, "OPEN_ROWS", open_rows)
         packed = prepare_rows(data, "sft", tokenizer_dir, 700, cache_dir=tmp_path / "cache")
     rendered = [encode_conversation(tokenizer, record["conversations"]) for record in records]
     expected = sorted(tuple(ids) for ids, _ in rendered)
@@ -196,7 +199,6 @@ def test_conversations_as_long_as_a_row_and_longer(tokenizer_dir, tokenizer, tmp
     shorter = prepare_rows(data, "sft", tokenizer_dir, len(ids) - 2, cache_dir=tmp_path / "cache")
     assert documents_of(shorter.train) == [tuple(encode_conversation(tokenizer, two_turns[:2])[0])]
     assert shorter.meta["shortened"] == 1
-    assert shorter.train.target_bytes == len(two_turns[1]["content"].encode())
     assert "keep their first turns" in capsys.readouterr().err
 
     with pytest.raises(BrokenData, match="1 of them longer than a row of 20"):
@@ -212,6 +214,91 @@ def test_a_text_longer_than_a_piece_keeps_every_byte(tokenizer_dir, tokenizer, t
     train = prepare_rows(data, "pretrain", tokenizer_dir, 1000, cache_dir=tmp_path / "c").train
     real = train.tokens[0][train.segments[0] > 0]
     assert tokenizer.decode(real[1:-1].tolist()) == text
+
+
+def test_rows_are_the_same_for_any_number_of_processes(tokenizer_dir, tmp_path, monkeypatch):
+    """Also what is told of broken lines; and the processes are gone when the rows are there."""
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", 2000)
+    lines = [json.dumps({"text": POEM * (i % 7 + 1) + str(i)}, ensure_ascii=False)
+             for i in range(1000)]
+    lines[500] = "broken"
+    for kind, name in (("pretrain", "texts"), ("sft", "chats")):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(lines), encoding="utf-8")
+        lines = [json.dumps(conversation(line, line), ensure_ascii=False) for line in lines]
+        lines[500] = "broken"
+        one, two = (prepare_rows(data, kind, tokenizer_dir, 512, processes=processes,
+                                 cache_dir=tmp_path / f"cache{processes}") for processes in (1, 3))
+        assert one.meta == two.meta and one.meta["broken"] == 1
+        for side in ("train", "heldout"):
+            for array in ("tokens", "segments", "loss", "records"):
+                assert np.array_equal(getattr(getattr(one, side), array),
+                                      getattr(getattr(two, side), array))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_a_killed_parent(tokenizer_dir, tmp_path):
+    """`kill -9` while the rows are made: nothing goes on in the background."""
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": POEM * 50 + str(i)} for i in range(40_000)])
+    program = (
+        "import sys; from dataset.rows import prepare_rows; from pathlib import Path\n"
+        "import dataset.encoding as e; yielded = e.encode_files\n"
+        "import dataset.rows as r\n"
+        "def told(*arguments):\n"
+        "    for block in yielded(*arguments):\n"
+        "        import multiprocessing as m\n"
+        "        print(*[child.pid for child in m.active_children()], flush=True)\n"
+        "        yield block\n"
+        "r.encode_files = told\n"
+        f"prepare_rows({str(data)!r}, 'pretrain', {str(tokenizer_dir)!r}, 512, processes=2,\n"
+        f"             cache_dir=Path({str(tmp_path / 'cache')!r}))\n")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parents[1])
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(workers) == 2
+    gone, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=60)
+    assert not alive
+
+
+def test_several_files_and_where_their_records_stand(tokenizer_dir, tmp_path, capsys):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": POEM + str(i)} for i in range(10)])
+    second = tmp_path / "b.txt"
+    second.write_text("\n".join(f"{POEM}{i} b" for i in range(10)), encoding="utf-8")
+    packed = prepare_rows([first, second], "pretrain", tokenizer_dir, 64,
+                          cache_dir=tmp_path / "cache")
+    assert packed.path.name.startswith("a+1-pretrain-64-")
+    assert packed.meta["records"] == 20
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"{first}: 10 texts", f"{second}: 10 texts"]
+    where = packed.where(packed.train.records)
+    assert f"of {first}; lines" in where and where.endswith(f"of {second}")
+    joined = join_rows(packed, packed)
+    last = max(packed.train.records)
+    assert joined.where([last, max(joined.train.records[i] for i in range(len(joined.train)))]).count(str(second)) == 2
+    # The same files give the same rows again; in another order they are others.
+    again = prepare_rows([first, second], "pretrain", tokenizer_dir, 64,
+                         cache_dir=tmp_path / "cache")
+    assert again.path == packed.path and capsys.readouterr().err.splitlines() == told
+    other = prepare_rows([second, first], "pretrain", tokenizer_dir, 64,
+                         cache_dir=tmp_path / "cache")
+    assert other.path != packed.path
+
+
+def test_equal_records_are_named(tokenizer_dir, tmp_path, capsys, monkeypatch):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": POEM + str(i)} for i in range(50)] * 4)
+    prepare_rows(data, "pretrain", tokenizer_dir, 64, cache_dir=tmp_path / "cache")
+    assert "75% of the records repeat an earlier one" in capsys.readouterr().err
+    # In bounded memory the share is that of a sample of the contents.
+    monkeypatch.setattr(rows_module, "MAX_COUNTED", 1000)
+    rng, repeats = np.random.default_rng(0), rows_module.Repeats()
+    for _ in range(20):
+        hashes = rng.integers(0, 2**63, 1000, dtype=np.uint64)
+        repeats.add(np.concatenate([hashes, hashes]))
+    assert repeats.num_hashes <= 1000 and repeats.share() == 0.5
 
 
 # ---- Held-out records ---------------------------------------------------------------------------
@@ -310,7 +397,7 @@ def test_failed_build_leaves_nothing(failure, raised, data, tokenizer_dir, tmp_p
     def fail(*args, **kwargs):
         raise failure
     with monkeypatch.context() as patch:
-        patch.setattr(rows_module.StreamPacker, "write", fail)
+        patch.setattr(packing_module.StreamPacker, "write", fail)
         with pytest.raises(raised) as caught:
             open_or_build(data, tokenizer_dir, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -353,8 +440,8 @@ def test_broken_lines_are_left_out_or_stop(data, tokenizer_dir, tmp_path):
     assert meta["records"] == 200 and meta["broken"] == 1
     with pytest.raises(BrokenData, match=r"data.jsonl:201: bad JSON"):  # though a cache exists
         open_or_build(data, tokenizer_dir, tmp_path, strict=True)
-    data.write_text(lines + "\n\n", encoding="utf-8")
-    with pytest.raises(BrokenData, match="3 of 203 lines are broken"):
+    data.write_text(lines + "[]\n[]\n", encoding="utf-8")
+    with pytest.raises(BrokenData, match="3 of 203 records are broken"):
         open_or_build(data, tokenizer_dir, tmp_path)
     with pytest.raises(BrokenData, match=r"data.jsonl:201: bad JSON"):
         open_or_build(data, tokenizer_dir, tmp_path, strict=True)

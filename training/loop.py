@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.records import shown
+from dataset.catalog import shown
 from model import YuanMengModel
 from model.loading import read_checkpoint
 from training.attention import BLOCK_CAUSAL, FLEX, SDPA
@@ -325,15 +325,15 @@ class Trainer:
     def _describe_batch(self, step: int) -> str:
         first = step - self.settings.accumulation_steps + 1
         indices = [i for s in range(first, step + 1) for i in self._indices(s)]
-        lines = sorted({int(self.rows.train.records[i]) for i in indices})
+        records = [self.rows.train.records[i] for i in indices]
         kept = (
             f"the last good weights are in {self.weights_path}"
             if self.weights_path.exists()
             else ("no weights were saved yet")
         )
         return (
-            f"the loss is not finite at step {step}; its batch holds the records around lines "
-            f"{', '.join(map(str, lines))} of {self.rows.meta['data_path']}; {kept}. "
+            f"the loss is not finite at step {step}; its batch holds the records around "
+            f"{self.rows.where(records)}; {kept}. "
             "Look at these records, or lower --learning_rate."
         )
 
