@@ -61,18 +61,7 @@ SPLIT_PATTERN = "|".join([
 
 HAN = re.compile("[\u4e00-\u9fff]")
 DEFAULT_SYSTEM = "你是缘梦，一个人工智能助手。"
-CHAT_TEMPLATE = (
-    "{%- if not messages or messages[0]['role'] != 'system' -%}"
-    "{{- '<s>system\\n" + DEFAULT_SYSTEM + "</s>\\n' -}}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{- raise_exception('unknown role: ' ~ message['role']) -}}"
-    "{%- endif -%}"
-    "{{- '<s>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '</s>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<s>assistant\\n' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = Path(__file__).parent / "model/chat_template.jinja"
 
 
 def draw_sample(settings: Settings) -> Sample:
@@ -124,7 +113,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE.read_text("utf-8"),
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

@@ -68,6 +68,9 @@ class ConversationEncoder:
         }
         self.layouts: dict[tuple, Layout] = {}
 
+    def __reduce__(self):
+        return ConversationEncoder, (self.tokenizer,)  # a pickled backend reads special tokens again
+
     def texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Token ids of each text; special tokens in it stay text, and none is added."""
         if all(len(text) <= PIECE_CHARACTERS for text in texts):
@@ -160,8 +163,8 @@ class ConversationEncoder:
             raise ValueError(
                 "The tokenizer's chat template does not write every message, thought, call and "
                 "tool once: cannot tell which tokens the assistant said (roles "
-                f"{', '.join(m['role'] for m in messages)}). The template of "
-                "model/yuanmeng_tokenizer does; copy its chat_template.jinja to the tokenizer's")
+                f"{', '.join(m['role'] for m in messages)}); model/chat_template.jinja does, copy it "
+                "to the tokenizer's folder")
         return self._cut(rendered, self._spoken(messages, rendered, spans[0], shape,
                                                 add_generation_prompt))
 
@@ -182,7 +185,7 @@ class ConversationEncoder:
                 raise ValueError(
                     "The tokenizer's chat template has no marks `generation` around what the "
                     "assistant says, so that thoughts and calls of tools cannot be learnt with it; "
-                    "copy model/yuanmeng_tokenizer/chat_template.jinja to the tokenizer's folder")
+                    "copy model/chat_template.jinja to the tokenizer's folder")
             start = rendered.find(message["content"]) if message["content"] else -1
             if start >= 0:
                 end = start + len(message["content"])

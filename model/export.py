@@ -4,6 +4,7 @@ Every one of them fills a folder; `convert_to_transformers.py` chooses which, an
 their place only when all are written.
 """
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -29,6 +30,14 @@ LAYER_NAMES = {
 # nothing but numbers out of the text, and so leaves the merges to decide (see `gguf_merges`).
 PRE_TOKENIZER = "superbpe"
 SPACE = "Ġ"  # how byte-level BPE spells a space
+# llama-server sets enable_thinking to true for every template that asks for it, unless it is told
+# otherwise; thoughts must not be forced on a model that has learnt none.
+# (ggml-org/llama.cpp, common/chat.cpp, common_chat_templates_support_enable_thinking, 2026-11)
+THINKING_IS_NO_ORDER = (
+    "{%- if enable_thinking is defined and enable_thinking is true -%}"
+    "{%- set enable_thinking = none -%}"
+    "{%- endif -%}"
+)
 
 
 def save_yuanmeng(
@@ -171,7 +180,20 @@ def add_gguf_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFa
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the template writes <s> itself
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(gguf_template(tokenizer.chat_template))
+
+
+def gguf_template(template: str) -> str:
+    """The chat template for readers other than transformers: what it writes stays the same.
+
+    The marks `generation` around the assistant's words are transformers' own. llama.cpp passes over
+    them (common/jinja/parser.cpp), llama-cpp-python since its pull request 2226 of May 2026; what
+    is older, or reads templates with plain Jinja2, refuses the whole file for them.
+    """
+    without_marks = re.sub(r"{%([-+]?)\s*generation\s*([-+]?)%}", r"{%\1 if true \2%}", template)
+    without_marks = re.sub(
+        r"{%([-+]?)\s*endgeneration\s*([-+]?)%}", r"{%\1 endif \2%}", without_marks)
+    return THINKING_IS_NO_ORDER + without_marks
 
 
 def gguf_merges(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ def patches() -> list[Patch]:
     return [
         model_folder(), server_command(), chat_command(), chat_input(), chat_pipeline(),
         logprobs_option(), tool_option(), operator_option(),
+        parser_tags(),
         page(), exits(), routes(), errors_of_the_app(), keys(), error_body(),
         session(), chat_request(), completion_request(), any_request(), perplexity(), scores(),
         grammar(), stop_words(), generation(), token_probabilities(), sampler(), forward(),
@@ -168,6 +169,35 @@ def operator_option() -> Patch:
     return default_of("allow_terminate_by_client", False, "stands for a single endpoint",
                       "let every client stop, suspend and alter the server: /terminate, /sleep, "
                       "/wakeup, /update_weights and the like")
+
+
+def parser_tags() -> Patch:
+    """`set_parsers` takes each tag for one token. Of a vocabulary that spells <think> it refuses
+    the parser of thoughts, and of one that spells </tool_call> it streams only the first call."""
+    symbol = "lmdeploy.serve.parsers.response_parser.BaseResponseParser.set_parsers"
+    original = look_at(
+        symbol, parameters=["cls", "reasoning_parser_name", "tool_parser_name", "tokenizer"],
+        contains=["cls.tokenizer = tokenizer", "cls.tool_parser_cls = ToolParserManager.get("],
+    ).__func__
+    look_at("lmdeploy.serve.parsers.tool_parser.tool_parser.ToolParser.feed_tool_block",
+            contains=["self._stable_prefix_end(text, self.tool_close_prefixes, consumed)"])
+
+    def set_parsers(cls, reasoning_parser_name=None, tool_parser_name=None, tokenizer=None):
+        names = (reasoning_parser_name, tool_parser_name)
+        original(cls, *names)  # without a tokenizer: what it checks and counts is tokens of tags
+        vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+        thoughts, tools = cls.reasoning_parser_cls, cls.tool_parser_cls
+        if tokenizer is not None and (thoughts is None or {
+                thoughts.get_reasoning_open_tag(), thoughts.get_reasoning_close_tag(),
+        } <= vocabulary.keys()):
+            original(cls, *names, tokenizer)
+        tag = tools and tools.get_tool_close_tag()
+        if tag and tag not in vocabulary and not cls.tool_parser_cls.tool_close_prefixes:
+            prefixes = tuple(tag[:end] for end in range(len(tag) - 1, 0, -1))
+            cls.tool_parser_cls = type(tools.__name__, (tools,), {"tool_close_prefixes": prefixes})
+
+    return exchange(symbol, "takes the tags of tools and thoughts for single tokens",
+                    classmethod(set_parsers))
 
 
 def default_of(option: str, value, reason: str, text: str) -> Patch:

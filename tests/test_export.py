@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import convert_to_transformers
 from model import MINI_DIR, YuanMengConfig, YuanMengModel
-from model.export import gguf_merges
+from model.export import gguf_merges, gguf_template
 from model.loading import load_model, load_tokenizer
 from training.files import move_files
 
@@ -177,7 +177,9 @@ def test_transformers_reads_the_same_model_from_gguf(exported, original, ids):
 
 
 def test_gguf_holds_the_template_and_the_special_tokens(fields, tokenizer):
-    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    template = fields["tokenizer.chat_template"]  # test_conversation.py tells what it writes
+    assert template == gguf_template(tokenizer.chat_template)
+    assert "generation %}" not in template and "<tool_call>" in template
     assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")] == [
         1, 2, 0]
     kinds = fields["tokenizer.ggml.token_type"]

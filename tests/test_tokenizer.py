@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import train_tokenizer
 from dataset.sampling import MAX_LINE_BYTES, Reservoir, sample_texts
-from training.tokenizer_report import broken_characters, find_faults, text_kind
+from training.tokenizer_report import broken_characters, find_faults, template_faults, text_kind
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_LINE = "<s>system\n你是缘梦，一个人工智能助手。</s>\n"
@@ -124,9 +124,27 @@ def test_faults_are_found():
     faulty = AutoTokenizer.from_pretrained(
         ROOT / "model" / "yuanmeng_tokenizer",
         pad_token="</s>", chat_template="{{ messages[0]['content'] }}")
-    padding, template = find_faults(faulty, train_tokenizer.DEFAULT_SYSTEM)
+    padding, *template = find_faults(faulty, train_tokenizer.DEFAULT_SYSTEM)
     assert padding == "pad, bos, eos are (2, 1, 2), not (0, 1, 2)"
-    assert "chat template" in template
+    assert len(template) == 5 and all("chat template" in fault for fault in template)
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("'</s>' -}}\n        {%- endgeneration", "'' -}}\n        {%- endgeneration", "gives for tools"),
+    ("{%- endgeneration -%}\n        {{- '\\n' -}}", "{{- '\\n' -}}{%- endgeneration -%}",
+     "marks as said by the assistant"),
+    ("'<think>\\n' -}}", "'<think>' -}}", "gives for thoughts"),
+    ("'<think>\\n\\n</think>", "'<think>\\n</think>", "gives without thoughts"),
+    ("{%- endfor -%}\n\n{#- enable", "\n\n{#- enable", "fails: Unexpected end of template"),
+    ("| tojson", "| tojson(indent=1)", "gives for tools"),
+])
+def test_faults_of_the_template_are_found(tokenizer, old, new, fault):
+    assert old in tokenizer.chat_template
+    broken = AutoTokenizer.from_pretrained(
+        ROOT / "model" / "yuanmeng_tokenizer",
+        chat_template=tokenizer.chat_template.replace(old, new))
+    assert any(fault in found
+               for found in template_faults(broken, train_tokenizer.DEFAULT_SYSTEM))
 
 
 def test_a_lost_byte_is_found():
@@ -297,7 +315,9 @@ def test_a_failed_run_keeps_the_previous_tokenizer(
     tokenizer.save_pretrained(output)
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     if failure == "fault":  # a template that forgets the newline must be found out
-        broken = train_tokenizer.CHAT_TEMPLATE.replace("</s>\\n", "</s>")
+        broken = tmp_path / "broken.jinja"
+        broken.write_text(
+            train_tokenizer.CHAT_TEMPLATE.read_text("utf-8").replace("</s>\\n", "</s>"), "utf-8")
         monkeypatch.setattr(train_tokenizer, "CHAT_TEMPLATE", broken)
         message = "Not saved"
     else:

@@ -2,6 +2,7 @@
 import re
 from collections.abc import Iterable
 
+import jinja2
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,46 @@ KINDS = ("zh", "en", "code")
 CODE_LINE = re.compile(r"^\s*(def |class |import |from \w+ import |return\b|if .*:$|[@#}])", re.M)
 NUM_PLANES = 17
 PLANE_SIZE = 2**16
+
+# Chats that the template must write as below: a plain one, and one with all that it can write.
+CHAT = [{"role": "user", "content": "你好"}]
+TOOL_CHAT = [
+    {"role": "system", "content": "短答。"}, {"role": "user", "content": "2乘3？"},
+    {"role": "assistant", "content": "", "reasoning_content": "用工具。",
+     "tool_calls": [{"name": "multiply", "arguments": {"a": 2, "b": 3}}]},
+    {"role": "tool", "content": "6"}, {"role": "assistant", "content": "6。"},
+]
+TOOLS = [{"type": "function", "function": {"name": "multiply", "description": "两数相乘"}}]
+TOOL_CHAT_SYSTEM = """<s>system
+短答。
+
+可以调用的工具：
+<tools>
+{"name": "multiply", "description": "两数相乘"}
+</tools>
+调用时写：
+<tool_call>
+{"name": 工具名, "arguments": 参数}
+</tool_call></s>
+<s>user
+2乘3？</s>
+<s>assistant
+"""
+TOOL_CHAT_SAID = """<think>
+用工具。
+</think>
+
+<tool_call>
+{"name": "multiply", "arguments": {"a": 2, "b": 3}}
+</tool_call></s>"""
+TOOL_CHAT_END = """
+<s>user
+<tool_response>
+6
+</tool_response></s>
+<s>assistant
+6。</s>
+"""
 
 
 def text_kind(text: str) -> str:
@@ -59,10 +100,35 @@ def find_faults(tokenizer: PreTrainedTokenizerBase, default_system: str) -> list
             faults.append(f"plane {plane} does not survive a round trip: {', '.join(broken)}")
     if 1 in (ids := tokenizer.encode("<s>", split_special_tokens=True)):
         faults.append(f"the text <s> in the data becomes the special token: {ids}")
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True)
-    if chat != f"<s>system\n{default_system}</s>\n<s>user\n你好</s>\n<s>assistant\n":
-        faults.append(f"the chat template gives {chat!r}")
+    return faults + template_faults(tokenizer, default_system)
+
+
+def template_faults(tokenizer: PreTrainedTokenizerBase, default_system: str) -> list[str]:
+    """What the chat template writes wrong, for a plain chat and for one with tools and thoughts."""
+    prompt = f"<s>system\n{default_system}</s>\n<s>user\n你好</s>\n<s>assistant\n"
+    tools = {"conversation": TOOL_CHAT, "tools": TOOLS}
+    cases = [
+        ("", prompt, {"conversation": CHAT, "add_generation_prompt": True}),
+        (" for thoughts", prompt + "<think>\n",
+         {"conversation": CHAT, "add_generation_prompt": True, "enable_thinking": True}),
+        (" without thoughts", prompt + "<think>\n\n</think>\n\n",
+         {"conversation": CHAT, "add_generation_prompt": True, "enable_thinking": False}),
+        (" for tools", TOOL_CHAT_SYSTEM + TOOL_CHAT_SAID + TOOL_CHAT_END, tools),
+    ]
+    faults = []
+    try:
+        for case, expected, chat in cases:
+            found = tokenizer.apply_chat_template(tokenize=False, **chat)
+            if found != expected:
+                faults.append(f"the chat template gives{case} {found!r}")
+        encoded = tokenizer.apply_chat_template(
+            return_dict=True, return_assistant_tokens_mask=True, **tools)
+    except jinja2.TemplateError as error:
+        return [*faults, f"the chat template fails: {error}"]
+    said = tokenizer.decode([token for token, mask in zip(
+        encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask])
+    if said != TOOL_CHAT_SAID + "6。</s>":
+        faults.append(f"the chat template marks as said by the assistant: {said!r}")
     return faults
 
 
@@ -90,7 +156,7 @@ def print_report(
     console.print(table)
     console.print(f"Entries: {len(tokenizer)}. Special ids: <unk> 0 (pad), <s> 1, </s> 2.")
     console.print("Checked: special ids, all code points of all 17 Unicode planes there and back, "
-                  "special tokens in data stay text, chat template.")
+                  "special tokens in data stay text, chat template with tools and thoughts.")
     for fault in faults:
         console.print(f"[red]Fault:[/red] {fault}", markup=True)
     if not faults:
