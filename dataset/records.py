@@ -22,13 +22,6 @@ import pyarrow.compute
 from datasets import Dataset, Features, Value
 from tqdm import tqdm
 
-DATA_DIR = Path(__file__).parent
-# For each stage: the file from ModelScope (better), the offline starter corpus (always possible).
-DATA_FILES = {
-    "pretrain": ("pretrain_hq.jsonl", "pretrain_starter.jsonl"),
-    "sft": ("sft_mini_512.jsonl", "sft_starter.jsonl"),
-}
-AGENT_FILE = "codeact.jsonl"  # mixed into fine-tuning where it is
 LISTED_FAULTS = 20  # how many broken lines a report names
 EARLY_STOP_LINES = 10_000  # before this many lines, wait for the end of the file to judge it
 READ_CHARACTERS = 1 << 20
@@ -162,55 +155,6 @@ def conversation_fault(record: object) -> str | None:
     if roles[-1] != "assistant":
         return "the last message is not the assistant's"
     return None
-
-
-def pick_data(stage: str, override: str | None = None, *, data_dir: Path = DATA_DIR,
-              quiet: bool = False) -> Path:
-    """Choose the data file of a stage ("pretrain" or "sft"), and print which one it is.
-
-    `override` wins; else the ModelScope file if present, else the starter corpus. Raises
-    `FileNotFoundError` whose message names the commands that make one.
-    """
-    modelscope_file, starter_file = (data_dir / name for name in DATA_FILES[stage])
-    if override:
-        path, origin = Path(override), "your choice"
-        if not path.is_file():
-            raise FileNotFoundError(f"No such data file: {override}")
-    elif modelscope_file.is_file():
-        path, origin = modelscope_file, "from ModelScope"
-    elif starter_file.is_file():
-        path, origin = starter_file, "the offline starter corpus"
-    else:
-        raise FileNotFoundError(
-            f"No training data: neither {shown(modelscope_file)} nor {shown(starter_file)} exists. "
-            "Run\n"
-            "    python -m dataset.starter     (works offline from ModelScope, a few minutes), or\n"
-            "    python -m dataset.download    (larger and better, from ModelScope)")
-    if not quiet:
-        print(f"Data: {shown(path)} ({origin}, {path.stat().st_size / 1e6:,.1f} MB)")
-    return path
-
-
-def pick_agent_data(override: str | None = None, *, data_dir: Path = DATA_DIR,
-                    quiet: bool = False) -> list[Path]:
-    """The agent's conversations to be mixed into fine-tuning, if there are any: none or one file.
-
-    `override` is another file, or "none".
-    """
-    path = Path(override) if override else data_dir / AGENT_FILE
-    if override == "none" or not (override or path.is_file()):
-        return []
-    if not path.is_file():
-        raise FileNotFoundError(f"No such data file: {path}; `python -m dataset.codeact` makes it")
-    if not quiet:
-        print(f"Data: {shown(path)} (the agent's, {path.stat().st_size / 1e6:,.1f} MB)")
-    return [path]
-
-
-def shown(path: Path) -> Path:
-    """The path as a user would write it: relative to where they are, if it lies below."""
-    absolute = path.absolute()
-    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
 
 
 def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:

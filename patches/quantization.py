@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from dataset.records import conversation_fault, parse_line, pick_data, text_fault
+from dataset.catalog import pick_data
+from dataset.records import conversation_fault, parse_line, text_fault
 from dataset.rows import encode_conversation
 from dataset.sampling import MAX_LINE_BYTES, Reservoir
 from training.files import move_files
@@ -284,7 +285,7 @@ def data_files(name: str) -> list[Path]:
     if path.suffix or len(path.parts) > 1:  # not a name: the user meant a file
         raise SystemExit(f"--calib-dataset {name}: no such file or folder")
     try:
-        return [pick_data("sft")]
+        return pick_data("sft")
     except FileNotFoundError as error:
         raise SystemExit(f"--calib-dataset: {error}") from error
 

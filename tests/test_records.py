@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dataset import records as records_module
-from dataset.records import BrokenData, pick_data, read_numbered, read_records
+from dataset.records import BrokenData, read_numbered, read_records
 
 GOOD = {"text": "好"}
 CHAT = [{"role": "user", "content": "你是谁"}, {"role": "assistant", "content": "我是缘梦。"}]
@@ -190,23 +190,3 @@ def test_reading_asks_no_server_and_writes_no_copy(tmp_path, monkeypatch):
         copied = max(copied, sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()))
     assert copied < 10_000
     assert list(scratch.iterdir()) == []
-
-
-def test_pick_data_prefers_modelscope_and_says_which(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError) as caught:
-        pick_data("sft", data_dir=tmp_path)
-    assert "python -m dataset.starter" in str(caught.value)
-    assert "python -m dataset.download" in str(caught.value)
-
-    starter = write_lines(tmp_path / "pretrain_starter.jsonl", [GOOD])
-    assert pick_data("pretrain", data_dir=tmp_path) == starter
-    assert "starter corpus" in capsys.readouterr().out
-    hub_file = write_lines(tmp_path / "pretrain_hq.jsonl", [GOOD])
-    assert pick_data("pretrain", None, data_dir=tmp_path) == hub_file
-    assert "ModelScope" in capsys.readouterr().out
-
-    own = write_lines(tmp_path / "own.jsonl", [GOOD])
-    assert pick_data("sft", str(own), data_dir=tmp_path, quiet=True) == own
-    assert capsys.readouterr().out == ""
-    with pytest.raises(FileNotFoundError, match="No such data file"):
-        pick_data("sft", str(tmp_path / "none.jsonl"), data_dir=tmp_path)

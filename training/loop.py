@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.records import shown
+from dataset.catalog import shown
 from model import YuanMengModel
 from model.loading import read_checkpoint
 from training.attention import BLOCK_CAUSAL, FLEX, SDPA
