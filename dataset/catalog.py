@@ -73,7 +73,7 @@ HUB_FILES = (
     HubFile("agent_rl.jsonl", "later", 86_000_000,
             "tasks with tools and what a right answer holds, for reinforcement learning"),
     HubFile("agent_rl_math.jsonl", "later", 18_000_000,
-            "the same for problems of arithmetic"),
+            "the same for problems of mathematics"),
 )
 STARTER_FILES = {  # made by `python -m dataset.starter`, which needs no hub
     "pretrain": "pretrain_starter.jsonl",
