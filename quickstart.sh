@@ -114,11 +114,8 @@ printf 'To run the commands below by hand, first: source .venv/bin/activate\n'
 
 # ---- II. Data ------------------------------------------------------------------------------------
 header Ⅱ 数据集 Data
-if [ -s dataset/pretrain_hq.jsonl ] && [ -s dataset/sft_mini_512.jsonl ]; then
-    skip "Data" "the ModelScope files are in dataset/ (python -m dataset.download fetched them)"
-elif [ -s dataset/pretrain_starter.jsonl ] && [ -s dataset/sft_starter.jsonl ] &&
-    [ -s dataset/eval_starter.jsonl ]; then
-    skip "Data" "the starter corpus is in dataset/ (python -m dataset.starter made it)"
+if data=$("$python" -m dataset.catalog --ready); then # the hub's files, or the starter corpus
+    skip "Data" "$data (what else there is: python -m dataset.catalog)"
 else
     run "Data" python -m dataset.starter
 fi

@@ -1,6 +1,7 @@
 """Stage Ⅳ, first step: pretraining. The network learns language by predicting the next token.
 
-In:   dataset/pretrain_hq.jsonl (ModelScope) or dataset/pretrain_starter.jsonl, and the tokenizer.
+In:   the hub's pretraining file in dataset/ or else the starter corpus (dataset/catalog.py), and
+      the tokenizer.
 Out:  out/pretrain_512.pth (out/pretrain_256.pth for the mini preset), out/loss_pretrain.png.
 Next: train_sft.py
 

@@ -1,7 +1,8 @@
 """Stage Ⅳ, second step: supervised fine-tuning. The network that knows language learns to answer.
 
-In:   out/pretrain_512.pth (out/pretrain_256.pth), and dataset/sft_mini_512.jsonl (ModelScope) or
-      dataset/sft_starter.jsonl; dataset/codeact.jsonl too, if `python -m dataset.codeact` made it.
+In:   out/pretrain_512.pth (out/pretrain_256.pth), and the hub's conversations in dataset/ or else
+      the starter's (dataset/catalog.py); dataset/codeact.jsonl too, if `python -m dataset.codeact`
+      made it.
 Out:  out/sft_512.pth (out/sft_256.pth), out/loss_sft.png.
 Next: model_chat.py
 

@@ -1,7 +1,7 @@
 """Stage Ⅲ: train the tokenizer, a byte-level BPE of 6400 entries with a chat template.
 
-In:   JSONL text: dataset/pretrain_hq.jsonl and dataset/sft_mini_512.jsonl (ModelScope) if present,
-      else dataset/pretrain_starter.jsonl and dataset/sft_starter.jsonl; any others with --data.
+In:   the text of both stages: of each the hub's file in dataset/ if present, else the starter
+      corpus (`python -m dataset.catalog` says which); any others with --data.
 Out:  model/yuanmeng_tokenizer/ in transformers' format (AutoTokenizer.from_pretrained reads it).
 Next: train_pretrain.py. Weights belong to the tokenizer they were trained with, so a new one
       means pretraining again. The repository ships one; you need this stage only for other text.
@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dataset.catalog import STAGES, find_data, named_data, shown
 from dataset.sampling import Sample, sample_texts
 from training.files import flush_folder
 from training.settings import parse_settings
@@ -41,10 +42,6 @@ class Settings:
     output_dir: str = field(default="model/yuanmeng_tokenizer", metadata={"help": "overwritten"})
 
 
-DEFAULT_DATA = [  # the first file of each pair that is there
-    ("dataset/pretrain_hq.jsonl", "dataset/pretrain_starter.jsonl"),
-    ("dataset/sft_mini_512.jsonl", "dataset/sft_starter.jsonl"),
-]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 
 # BPE merges bytes only inside the pieces that this pattern cuts; the first alternative that fits
@@ -66,12 +63,17 @@ CHAT_TEMPLATE = Path(__file__).parent / "model/chat_template.jinja"
 
 def draw_sample(settings: Settings) -> Sample:
     """One pass over the data; stops with a readable line if there is none or much is broken."""
-    found = [next(filter(os.path.exists, pair), None) for pair in DEFAULT_DATA]
-    paths = settings.data or [path for path in found if path]
+    if settings.data:
+        try:
+            paths = named_data(settings.data)
+        except FileNotFoundError as error:
+            raise SystemExit(str(error)) from error
+    else:  # what the trainers would take
+        paths = [path for stage in STAGES for path in find_data(stage)[:1]]
     if not paths:
         raise SystemExit("No data. Make the starter corpus first: python -m dataset.starter\n"
                          "or name your own JSONL files: python train_tokenizer.py --data FILE")
-    print("Data:", ", ".join(paths))
+    print("Data:", ", ".join(str(shown(path)) for path in paths))
     try:
         total = sum(os.path.getsize(path) for path in paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Sampling",

@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dataset.records import pick_data, read_records
+from dataset.catalog import pick_data
+from dataset.records import read_records
 from dataset.rows import prepare_rows
 from model import TOKENIZER_DIR, YuanMengModel, preset_config
 from train_pretrain import RECIPES
@@ -336,7 +337,7 @@ def median(values) -> float:
 
 def write_texts(settings: Settings, folder: Path) -> tuple[Path, list[str]]:
     """A JSONL file with the first records, and the texts held out of it (one in every so many)."""
-    data = pick_data("pretrain", settings.data)
+    (data,) = pick_data("pretrain", [settings.data] if settings.data else None)
     with data.open(encoding="utf-8") as file:
         lines = [line for line, _ in zip(file, range(settings.records))]
     every = max(2, len(lines) // HELDOUT)

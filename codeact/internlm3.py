@@ -20,7 +20,7 @@ from modelscope_hub import HubApi
 from modelscope_hub.errors import HubError
 from transformers.hf_argparser import HfArg
 
-from dataset.download import reason
+from dataset.hubs import reason
 from training.settings import parse_settings
 
 MODEL = "Shanghai_AI_Laboratory/internlm3-8b-instruct-awq"

@@ -280,7 +280,7 @@ def test_missing_calibration_text_is_one_line(tokenizer, tmp_path, monkeypatch):
 def test_the_default_is_the_fine_tuning_data(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "sft_starter.jsonl", [{"conversations": chat} for chat in CHATS])
     asked = []
-    monkeypatch.setattr(quantization, "pick_data", lambda stage: asked.append(stage) or Path(path))
+    monkeypatch.setattr(quantization, "pick_data", lambda stage: asked.append(stage) or [Path(path)])
     for name in ("sft", "wikitext2"):
         assert quantization.calibration_rows(name, tokenizer, nsamples=1, seqlen=50)
     assert asked == ["sft", "sft"]

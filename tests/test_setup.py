@@ -43,6 +43,7 @@ case "$*" in
         if [ -n "${SANDBOX_FAILS:-}" ]; then echo "$SANDBOX_FAILS" && exit 1; fi
         mkdir -p codeact/.runtime && echo {} >codeact/.runtime/installed.json
         ;;
+    "-m dataset.catalog --ready") exec "$REAL_PYTHON" "$@" ;;
     "-m dataset.starter")
         mkdir -p dataset
         for name in pretrain sft eval; do echo '{}' >"dataset/${name}_starter.jsonl"; done
@@ -95,6 +96,7 @@ class Sandbox:
         self.root.mkdir()
         self.fakes.mkdir()
         for name in ["setup.sh", "quickstart.sh", "requirements.txt", "benchmarks/peak_memory.py",
+                     "dataset/catalog.py",
                      "codeact/runtime.py", "codeact/runner/build.js"]:
             target = self.root / name
             target.parent.mkdir(exist_ok=True, parents=True)
@@ -404,7 +406,7 @@ def test_quickstart_runs_the_flow_and_a_second_run_skips_it(ready):
         "--chat-template chat_templates.json --server-port 23334",
         "codeact_pipeline.py --base-url http://127.0.0.1:23334/v1 --max-steps 3",
     ]
-    stages = ("-m dataset", "train_", "model_chat", "convert", "lmdeploy", "codeact_pipeline")
+    stages = ("-m dataset.starter", "train_", "model_chat", "convert", "lmdeploy", "codeact_pipeline")
     calls = ready.calls(*stages)
     assert sorted(calls) == sorted([
         "-m dataset.starter",
@@ -456,12 +458,17 @@ def test_where_lmdeploy_is_missing_the_model_is_exported_all_the_same(ready):
     assert not (ready.root / "out/server.log").exists()
 
 
-def test_quickstart_prefers_modelscope_files(ready):
-    (ready.root / "dataset").mkdir()
-    for name in ("pretrain_hq", "sft_mini_512"):
+@pytest.mark.parametrize("pair, enough", [
+    (("pretrain_t2t_mini", "sft_t2t_mini"), True), (("pretrain_hq", "sft_mini_512"), True),
+    (("pretrain_t2t_mini", "sft_mini_512"), True), (("pretrain_t2t_mini", "dpo"), False)])
+def test_quickstart_takes_the_hubs_files_where_they_are(ready, pair, enough):
+    for name in pair:
         (ready.root / f"dataset/{name}.jsonl").write_text("{}\n")
-    assert ready.run("quickstart.sh").returncode == 0
-    assert ready.calls("-m dataset.starter") == []
+    result = ready.run("quickstart.sh")
+    assert result.returncode == 0, result.stderr
+    assert ready.calls("-m dataset.starter") == ([] if enough else ["-m dataset.starter"])
+    there = f"Finished before: dataset/{pair[0]}.jsonl and dataset/{pair[1]}.jsonl"
+    assert (there in result.stdout) == enough
 
 
 @pytest.mark.parametrize("stage, before", [("pretrain", 0), ("sft", 1)])

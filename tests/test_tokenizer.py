@@ -16,6 +16,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import train_tokenizer
+from dataset.catalog import find_data
 from dataset.sampling import MAX_LINE_BYTES, Reservoir, sample_texts
 from training.tokenizer_report import broken_characters, find_faults, template_faults, text_kind
 
@@ -341,7 +342,7 @@ def test_a_damaged_previous_tokenizer_does_not_stop_the_run(tmp_path, corpus, mo
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--data", "absent.jsonl"], "absent.jsonl: No such file"),
+    (["--data", "absent.jsonl"], "No such data file: absent.jsonl"),
     (["--data", "bad.jsonl"], "Stopped"),
     (["--data", "corpus.jsonl", "--vocab_size", "100"], "too small"),
     ([], "python -m dataset.starter"),
@@ -349,6 +350,7 @@ def test_a_damaged_previous_tokenizer_does_not_stop_the_run(tmp_path, corpus, mo
 def test_bad_input_gets_a_clear_line(tmp_path, corpus, monkeypatch, capsys, arguments, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "好"}\nnot json\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find_data, "__defaults__", (tmp_path,))
     with pytest.raises(SystemExit) as stopped:
         run_script(monkeypatch, *arguments, "--output_dir", "t")
     assert message in str(stopped.value)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset.catalog import pick_data
 from training.checkpoint import Saver
 
 ROOT = Path(__file__).parent.parent
@@ -398,12 +399,8 @@ def test_wrong_options_are_told_in_one_line(options, named, data, run_here, tmp_
 
 
 def test_missing_data_names_the_commands(run_here, tmp_path, monkeypatch):
-    import dataset.records
-
     monkeypatch.setattr(
-        dataset.records.pick_data,
-        "__kwdefaults__",
-        {**dataset.records.pick_data.__kwdefaults__, "data_dir": tmp_path},
+        pick_data, "__kwdefaults__", {**pick_data.__kwdefaults__, "data_dir": tmp_path}
     )
     code, _ = run_here([str(ROOT / "train_pretrain.py"), *TINY])
     assert "No training data" in code

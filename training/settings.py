@@ -1,6 +1,7 @@
 """The settings that both trainers share; each stage script derives its own from them."""
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +13,24 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-def parse_settings(settings_class: type):
-    """The settings that the command line gives; an option that does not exist ends in one line."""
-    parser = HfArgumentParser(settings_class, usage="%(prog)s [options]; --help lists them")
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Names the default of each option, but for those whose text says what happens without it."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parse_settings(settings_class: type, description: str | None = None):
+    """The settings that the command line gives; an option that does not exist ends in one line.
+
+    `description` stands at the beginning of `--help`.
+    """
+    parser = HfArgumentParser(
+        settings_class, usage="%(prog)s [options]; --help lists them", description=description,
+        formatter_class=HelpFormatter,
+    )
     settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         script = Path(sys.argv[0]).name
@@ -27,8 +43,8 @@ class TrainSettings:
     """Every field is a command-line option: `--batch_size 32`."""
 
     preset: str | None = option(None, "26m or mini; default: 26m with a GPU, mini without")
-    data: str | None = option(
-        None, "JSONL file; default: ModelScope's if present, else the starter"
+    data: list[str] | None = option(
+        None, "files, folders or - (standard input); default: the hub's, else the starter"
     )
     strict: bool = option(False, "stop at the first broken line of the data")
     out_dir: str = option("out", "where weights, resume state and curves go")

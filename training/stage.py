@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from dataset.records import BrokenData, pick_agent_data, pick_data, shown
+from dataset.catalog import pick_agent_data, pick_data, shown
+from dataset.records import BrokenData
 from dataset.rows import PackedRows, join_rows, prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
 from model.loading import load_model
@@ -90,7 +91,9 @@ def train_stage(
 ) -> bool:
     """The stage itself, in order; see `run_stage`. Returns whether it was asked to stop."""
     with world.together():
-        data = [pick_data(stage, settings.data, quiet=not world.is_main)]
+        data = pick_data(stage, settings.data, quiet=not world.is_main)
+        if len(data) > 1 or not data[0].is_file():
+            raise ValueError("--data: one file, please; several are not read yet")
         if hasattr(settings, "agent_data"):
             wanted = settings.agent_data or ("none" if settings.data else None)
             data += pick_agent_data(wanted, quiet=not world.is_main)
