@@ -14,13 +14,21 @@ Next: train_sft.py
 from dataclasses import dataclass
 
 from training.optimizer import Recipe
-from training.settings import TrainSettings
+from training.settings import TrainSettings, option
 from training.stage import run_stage
 
 
 @dataclass
 class Settings(TrainSettings):
     """Pretraining; the defaults of `training/settings.py` are made for it."""
+
+    marks: str = option(
+        "auto", "marks of other projects between documents, such as <s>…</s>: auto (a document ends "
+        "there, the marks go) or keep (they are text)"
+    )
+
+    def reading_options(self) -> dict[str, str]:
+        return {"marks": self.marks}
 
 
 RECIPES = {

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.catalog import STAGES, find_data, named_data, shown
+from dataset.files import BrokenData, data_files
 from dataset.sampling import Sample, sample_texts
+from model.bpe import SPLIT_PATTERN
 from training.files import flush_folder
 from training.settings import parse_settings
 from training.tokenizer_report import find_faults, print_report, text_kind
@@ -34,7 +36,7 @@ from training.tokenizer_report import find_faults, print_report, text_kind
 @dataclass
 class Settings:
     data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files; else those found"})
+        default_factory=list, metadata={"help": "files, folders or - of any shape; else the trainers'"})
     vocab_size: int = field(default=6400, metadata={"help": "entries, special tokens included"})
     sample_mb: float = field(default=32, metadata={"help": "text to train on; 1 takes 70 MB RAM"})
     latin_weight: int = field(default=2, metadata={"help": "how often code and English count"})
@@ -44,18 +46,6 @@ class Settings:
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 
-# BPE merges bytes only inside the pieces that this pattern cuts; the first alternative that fits
-# wins. In the spirit of GPT-4's pattern, with the differences that a small Chinese model needs.
-SPLIT_PATTERN = "|".join([
-    r"\n",  # alone, so each line (and so "user\n" in a chat) has the same tokens in any company
-    r" {2,}",  # a run of spaces is one piece: an indentation of 4, 8 or 12 costs one token
-    r"\p{N}",  # digits one by one, so that 7 is the same token in 17 and in 1789
-    r"\p{Han}+",  # apart from other scripts: 用Python写 is three pieces, and 用 is always 用
-    r" ?[\p{L}\p{M}&&[^\p{Han}]]+",  # a word with the space before it
-    r" ?[^\s\p{L}\p{M}\p{N}]+",  # punctuation, ASCII or Chinese, never glued to a word
-    r"[^\S\n]+",  # whatever space is left: single ones, tabs, the ideographic space
-])
-
 HAN = re.compile("[\u4e00-\u9fff]")
 DEFAULT_SYSTEM = "你是缘梦，一个人工智能助手。"
 CHAT_TEMPLATE = Path(__file__).parent / "model/chat_template.jinja"
@@ -63,25 +53,21 @@ CHAT_TEMPLATE = Path(__file__).parent / "model/chat_template.jinja"
 
 def draw_sample(settings: Settings) -> Sample:
     """One pass over the data; stops with a readable line if there is none or much is broken."""
-    if settings.data:
-        try:
-            paths = named_data(settings.data)
-        except FileNotFoundError as error:
-            raise SystemExit(str(error)) from error
-    else:  # what the trainers would take
-        paths = [path for stage in STAGES for path in find_data(stage)[:1]]
-    if not paths:
-        raise SystemExit("No data. Make the starter corpus first: python -m dataset.starter\n"
-                         "or name your own JSONL files: python train_tokenizer.py --data FILE")
-    print("Data:", ", ".join(str(shown(path)) for path in paths))
     try:
-        total = sum(os.path.getsize(path) for path in paths)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Sampling",
-                  disable=None) as bar:
-            sample = sample_texts(paths, int(settings.sample_mb * 1e6), seed=settings.seed,
+        paths = named_data(settings.data) if settings.data else [  # what the trainers would take
+            path for stage in STAGES for path in find_data(stage)[:1]]
+        if not paths:
+            raise FileNotFoundError(
+                "No data. Make the starter corpus first: python -m dataset.starter\n"
+                "or name your own files: python train_tokenizer.py --data FILE")
+        print("Data:", ", ".join(str(shown(path)) for path in paths))
+        with data_files(paths, Path(tempfile.gettempdir())) as files, \
+                tqdm(total=sum(file.size_bytes for file in files), unit="B", unit_scale=True,
+                     desc="Sampling", disable=None) as bar:
+            sample = sample_texts(files, int(settings.sample_mb * 1e6), seed=settings.seed,
                                   progress=bar.update)
-    except OSError as error:
-        raise SystemExit(f"Cannot read {error.filename}: {error.strerror}") from error
+    except (BrokenData, OSError) as error:
+        raise SystemExit(f"train_tokenizer.py: {error}") from error
     for line in sample.broken[:20]:
         print("Skipped a broken line:", line)
     drawn = len(sample.train) + len(sample.heldout) + len(sample.broken)

@@ -105,7 +105,7 @@ class Baseline:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4)
         self.settings, self.minutes, self.steps = settings, minutes, 0
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
-        texts = [record["text"] for record in read_records(train, "pretrain")]
+        texts = [text for _, text in read_records(train, "pretrain")]
         loader = DataLoader(
             Documents(texts, tokenizer), batch_size=settings.baseline_rows, shuffle=True
         )
@@ -347,7 +347,7 @@ def write_texts(settings: Settings, folder: Path) -> tuple[Path, list[str]]:
     heldout = folder / "heldout.jsonl"
     with atomic_write(heldout, "w") as file:
         file.writelines(lines[::every])
-    return train, [record["text"] for record in read_records(heldout, "pretrain")]
+    return train, [text for _, text in read_records(heldout, "pretrain")]
 
 
 def main() -> None:

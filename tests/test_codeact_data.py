@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from dataset.codeact.facts import says
 from dataset.codeact.functions import Builder, Part, Point, derivative_at, draw_point
 from dataset.codeact.kinds import KINDS, LANGUAGES, read_phrasings, variants
 from dataset.codeact.verification import Process, WrongTask, fenced, messages_of, verified
-from dataset.records import conversation_fault
 from dataset.rows import join_rows, prepare_rows
+from dataset.shapes import conversation_of
 from model import TOKENIZER_DIR
 from model.conversation import encode_conversation
 
@@ -229,7 +230,7 @@ def language_of_prompt(system: str) -> str:
 
 def test_records_are_conversations_that_end_with_an_answer(built):
     for record in records(built / "train.jsonl"):
-        assert conversation_fault(record) is None
+        assert conversation_of(record, mended := Counter())[1]["messages"] and not mended
         assert record["conversations"][0]["role"] == "system"
         assert "```" not in record["conversations"][-1]["content"]
 

@@ -270,8 +270,8 @@ def test_a_folder_a_text_and_a_short_file_calibrate_too(tokenizer, tmp_path):
 def test_missing_calibration_text_is_one_line(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty.jsonl", [])
-    for name, message in (("no/such.jsonl", "no such file or folder"), ("empty", "no .jsonl or"),
-                          ("empty.jsonl", "no text in it")):
+    for name, message in (("no/such.jsonl", "no such file or folder"), ("empty", "no data file in this folder"),
+                          ("empty.jsonl", "the file is empty")):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit, match=message):
             quantization.calibration_rows(name, tokenizer)

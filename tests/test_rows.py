@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset import files as files_module
 from dataset import packing as packing_module
 from dataset import rows as rows_module
+from dataset.encoding import file_and_line
 from dataset.files import BrokenData
 from dataset.rows import CacheError, join_rows, prepare_rows
 from model import conversation as conversation_module
@@ -276,9 +277,10 @@ def test_several_files_and_where_their_records_stand(tokenizer_dir, tmp_path, ca
     assert told == [f"{first}: 10 texts", f"{second}: 10 texts"]
     where = packed.where(packed.train.records)
     assert f"of {first}; lines" in where and where.endswith(f"of {second}")
-    joined = join_rows(packed, packed)
-    last = max(packed.train.records)
-    assert joined.where([last, max(joined.train.records[i] for i in range(len(joined.train)))]).count(str(second)) == 2
+    joined = join_rows(packed, packed)  # the second one's records have numbers of their own
+    records = {file_and_line(int(joined.train.records[i])) for i in range(len(joined.train))}
+    single = {file_and_line(int(record)) for record in packed.train.records}
+    assert records == single | {(file + 2, line) for file, line in single}
     # The same files give the same rows again; in another order they are others.
     again = prepare_rows([first, second], "pretrain", tokenizer_dir, 64,
                          cache_dir=tmp_path / "cache")

@@ -12,12 +12,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lmdeploy.model import ChatTemplateConfig
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 import train_tokenizer
 from dataset.catalog import find_data
-from dataset.sampling import MAX_LINE_BYTES, Reservoir, sample_texts
+from dataset.files import data_files
+from dataset.sampling import MAX_LINE_BYTES, Reservoir
+from dataset.sampling import sample_texts as sample_of_files
+from model.bpe import TextEncoder, tiktoken_of
 from training.tokenizer_report import broken_characters, find_faults, template_faults, text_kind
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,11 @@ def tokenizer():
 
 def encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def sample_texts(paths: list, *arguments, **options):
+    with data_files(paths, Path("unused")) as files:
+        return sample_of_files(files, *arguments, **options)
 
 
 def write_jsonl(path: Path, records: list) -> Path:
@@ -154,6 +162,58 @@ def test_a_lost_byte_is_found():
     assert broken_characters(faulty, plane=0)
 
 
+# --- The same ids by tiktoken ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["{0}", "a{0}b  {0} {0}。{0}{0}", "好{0}好1{0}1\n{0}\t"])
+def test_tiktoken_cuts_every_character_as_tokenizers_does(tokenizer, context):
+    """Two libraries for regular expressions, with two tables of Unicode: one result."""
+    fast, slow = tiktoken_of(tokenizer.backend_tokenizer), tokenizer.backend_tokenizer
+    slow.encode_special_tokens = True
+    for plane in (0, 1, 2, 3, 14, 15):  # the others have no assigned character
+        texts = ["".join(context.format(chr(code)) + "\n" for code in range(start, start + 64)
+                         if not 0xD800 <= code <= 0xDFFF)
+                 for start in range(plane << 16, plane + 1 << 16, 64)]
+        expected = slow.encode_batch_fast(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, expected):
+            assert fast.encode_ordinary(text) == encoding.ids, text
+
+
+@given(st.text(st.sampled_from("用 Python写</s><unk>12\n\t  。，你好世界é\u0301\u200d👩🀄𠮷"), max_size=300))
+@settings(deadline=None)
+def test_tiktoken_gives_the_same_ids(tokenizer, text):
+    (ids,) = TextEncoder(tokenizer.backend_tokenizer)([text])
+    assert ids == encode(tokenizer, text)
+
+
+def test_a_tokenizer_that_tiktoken_might_read_otherwise_stays_with_tokenizers(tokenizer):
+    def changed(change) -> Tokenizer:
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        change(description)
+        return Tokenizer.from_str(json.dumps(description))
+
+    def swap_merges(description):  # the order of two merges: other ids for some texts
+        merges = description["model"]["merges"]
+        merges[0], merges[1] = merges[1], merges[0]
+
+    def other_pattern(description):
+        description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\d+"
+
+    def normalise(description):
+        description["normalizer"] = {"type": "NFC"}
+
+    def unreachable(description):  # a token that no merge makes any more
+        description["model"]["merges"].pop(2000)
+    assert tiktoken_of(tokenizer.backend_tokenizer) is not None
+    for change in (swap_merges, other_pattern, normalise, unreachable):
+        backend = changed(change)
+        assert tiktoken_of(backend) is None, change
+        text = "你好，世界 </s> 12"
+        (ids,) = TextEncoder(backend)([text])
+        backend.encode_special_tokens = True
+        assert ids == backend.encode(text, add_special_tokens=False).ids
+
+
 # --- The chat template ---------------------------------------------------------------------------
 
 QUESTION = {"role": "user", "content": "你是谁？"}
@@ -230,6 +290,23 @@ def test_sample_takes_everything_that_fits_from_all_files(tmp_path):
     sample = sample_texts(paths, 10**6, progress=read.append)
     assert sorted(sample.train + sample.heldout) == sorted(r["text"] for r in records)
     assert sum(read) == sum(path.stat().st_size for path in paths)
+
+
+def test_sample_of_every_shape_and_without_marks(tmp_path):
+    """Texts and conversations of other projects, in files of other formats."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "<s>甲</s> <s>乙</s>"}])
+    (tmp_path / "b.txt").write_text("丙\n丁", encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps([
+        {"instruction": "问", "output": "答"},
+        {"conversations": [{"from": "human", "value": "早"}, {"from": "gpt", "value": "早上好"}]},
+        {"chosen": [{"role": "user", "content": "戊"}, {"role": "assistant", "content": "己"}],
+         "rejected": []}]))
+    (tmp_path / "d.csv").write_text("text\n庚\n", encoding="utf-8")
+    sample = sample_texts([tmp_path], 10**6)
+    assert not sample.broken
+    assert sorted(sample.train + sample.heldout) == sorted([
+        "甲\n乙", "丙", "丁", "user\n问\nassistant\n答", "user\n早\nassistant\n早上好",
+        "user\n戊\nassistant\n己", "庚"])
 
 
 def test_reservoir_is_uniform_over_place_and_length():

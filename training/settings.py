@@ -83,3 +83,7 @@ class TrainSettings:
     final_eval_rows: int = option(128, "held-out rows for the last one")
     tensorboard: bool = option(True, "write TensorBoard events to out_dir/tensorboard")
     swanlab: bool = option(False, "also log to SwanLab (pip install swanlab)")
+
+    def reading_options(self) -> dict[str, str]:
+        """What `dataset.rows.prepare_rows` is told beside the data and the length of the rows."""
+        return {}

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dataset.catalog import pick_agent_data, pick_data, shown
-from dataset.records import BrokenData
+from dataset.files import BrokenData, is_pipe
 from dataset.rows import PackedRows, join_rows, prepare_rows
 from model import PRESETS, TOKENIZER_DIR, YuanMengModel, default_preset, preset_config
 from model.loading import load_model
@@ -28,6 +28,7 @@ USER_ERRORS = (
     FailedElsewhere,
     FileNotFoundError,
     LostContact,
+    MemoryError,
     NonFiniteLoss,
     OSError,
     SaveError,
@@ -91,18 +92,18 @@ def train_stage(
 ) -> bool:
     """The stage itself, in order; see `run_stage`. Returns whether it was asked to stop."""
     with world.together():
-        data = pick_data(stage, settings.data, quiet=not world.is_main)
-        if len(data) > 1 or not data[0].is_file():
-            raise ValueError("--data: one file, please; several are not read yet")
+        data, agent_data = pick_data(stage, settings.data, quiet=not world.is_main), []
+        if world.size > 1 and any(map(is_pipe, data)):
+            raise ValueError("--data: several processes cannot read one pipe; save it to a file")
         if hasattr(settings, "agent_data"):
             wanted = settings.agent_data or ("none" if settings.data else None)
-            data += pick_agent_data(wanted, quiet=not world.is_main)
-        fill_in_defaults(settings, recipes, LONG_ROWS if len(data) > 1 else 512)
+            agent_data = pick_agent_data(wanted, quiet=not world.is_main)
+        fill_in_defaults(settings, recipes, LONG_ROWS if agent_data else 512)
         if world.is_first_on_node:  # it builds the rows, the node's others open them
-            rows = rows_of(data, stage, settings, strict=settings.strict)
+            rows = rows_of(data, agent_data, stage, settings, strict=settings.strict)
     with world.together():
         if not world.is_first_on_node:
-            rows = rows_of(data, stage, settings, build=False)
+            rows = rows_of(data, agent_data, stage, settings, build=False)
         if not len(rows.train):
             length = settings.row_length
             raise ValueError(f"{data[0]}: is too small to fill one row of {length} tokens")
@@ -129,7 +130,8 @@ def train_stage(
     millions = model.num_unique_parameters() / 1e6
     say(f"The total number of parameters in the YuanMeng model is: {millions:.3f} million")
     say(
-        f"Training on {' + '.join(str(shown(path)) for path in data)}: {len(rows.train):,} rows, "
+        f"Training on {' + '.join(str(shown(path)) for path in data + agent_data)}: "
+        f"{len(rows.train):,} rows, "
         f"{rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
@@ -141,11 +143,12 @@ def train_stage(
     return trainer.stopped
 
 
-def rows_of(data: list[Path], stage: str, settings: TrainSettings, **options: bool) -> PackedRows:
+def rows_of(data: list[Path], agent_data: list[Path], stage: str, settings: TrainSettings,
+            **options: bool) -> PackedRows:
     """The rows of the stage's data, those of the agent's conversations among them."""
-    rows, *agent = (
-        prepare_rows(path, stage, TOKENIZER_DIR, settings.row_length, **options) for path in data
-    )
+    options |= settings.reading_options()
+    rows, *agent = (prepare_rows(paths, stage, TOKENIZER_DIR, settings.row_length, **options)
+                    for paths in (data, agent_data) if paths)
     return join_rows(rows, agent[0], settings.agent_share) if agent else rows
 
 
