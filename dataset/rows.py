@@ -314,7 +314,8 @@ def _write_rows(files: list[DataFile], kind: str, tokenizer: PreTrainedTokenizer
             f"turns; {counts['dropped']:,} were left out because their first answer does not fit. "
             "A larger --row_length keeps them.")
     if repeats.share() > REPEATS_WORTH_NAMING:
-        notes.append(f"{name}: {repeats.share():.0%} of the records repeat an earlier one word for "
+        what = "documents" if kind == PRETRAIN else "conversations"
+        notes.append(f"{name}: {repeats.share():.0%} of the {what} repeat an earlier one word for "
                      "word; they count as often as they stand there.")
     return {
         "format": FORMAT_VERSION, "files": [str(file) for file in files],

@@ -14,7 +14,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from dataset import files as files_module
 from dataset.files import BrokenData, data_files, open_as, read_blocks
@@ -42,10 +41,17 @@ def as_parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def zstd_frames(content: bytes) -> bytes:
-    """Two frames, as parallel compressors write them."""
-    middle, compress = len(content) // 2, zstandard.ZstdCompressor().compress
-    return compress(content[:middle]) + compress(content[middle:])
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def in_two_frames(content: bytes) -> bytes:
+    """As parallel compressors write them."""
+    middle = len(content) // 2
+    return zstd(content[:middle]) + zstd(content[middle:])
 
 
 CONTENTS = {
@@ -58,7 +64,7 @@ CONTENTS = {
     "d.parquet": as_parquet, "named_wrongly.jsonl": as_parquet,
     "no_suffix": as_lines,
 }
-COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd_frames}
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": in_two_frames}
 
 
 def texts_in(path: Path) -> list[str]:

@@ -293,7 +293,7 @@ def test_several_files_and_where_their_records_stand(tokenizer_dir, tmp_path, ca
 def test_equal_records_are_named(tokenizer_dir, tmp_path, capsys, monkeypatch):
     data = write_jsonl(tmp_path / "d.jsonl", [{"text": POEM + str(i)} for i in range(50)] * 4)
     prepare_rows(data, "pretrain", tokenizer_dir, 64, cache_dir=tmp_path / "cache")
-    assert "75% of the records repeat an earlier one" in capsys.readouterr().err
+    assert "75% of the documents repeat an earlier one" in capsys.readouterr().err
     # In bounded memory the share is that of a sample of the contents.
     monkeypatch.setattr(rows_module, "MAX_COUNTED", 1000)
     rng, repeats = np.random.default_rng(0), rows_module.Repeats()
