@@ -95,7 +95,7 @@ def default_files(hub: Hub, listing: dict[str, Entry]) -> list[Entry]:
         raise DownloadError(
             f"{hub.title}'s {hub.repository} lists none of the files known for "
             f"{' and '.join(missing)}. {_contents(listing)}. Name one: python -m dataset.download "
-            f"--files NAME, {STARTER_HINT}")
+            f"--hub {hub.name} --files NAME, {STARTER_HINT}")
     return entries
 
 
@@ -111,7 +111,7 @@ def named_files(hub: Hub, listing: dict[str, Entry], names: list[str]) -> list[E
         entries[found] = listing[found]
     used = {name for stage in STAGES for name in file_names(stage)}
     if others := [name for name in entries if name not in used]:
-        print(f"No stage takes {', '.join(others)} by itself; a stage that can is told with --data.")
+        print(f"No stage takes {', '.join(others)} by itself: name it with --data.")
     return list(entries.values())
 
 
@@ -133,8 +133,8 @@ def _is_there(path: Path, entry: Entry, hub: Hub, overwrite: bool) -> bool:
         return True
     if not overwrite:
         raise DownloadError(
-            f"{shown(path)} has {path.stat().st_size:,} bytes, {hub.title}'s {entry.size:,}. It can "
-            "be trained on as it is; if it is your own file, move it away; to replace it: "
+            f"{shown(path)} has {path.stat().st_size:,} bytes, {hub.title}'s {entry.size:,}. It "
+            "can be trained on as it is; if it is your own file, move it away; to replace it: "
             "python -m dataset.download --overwrite")
     return False
 

@@ -49,10 +49,11 @@ class Entry:
 class Hub:
     """A hub; subclasses ask its library and let its exceptions through."""
 
+    name: str  # on the command line
     title: str
     repository: str
     revision: str  # the default one
-    other: str  # the other hub's name on the command line
+    other: str  # the other hub's name
     login: str  # how to show who one is
     failures: tuple[type[Exception], ...]
 
@@ -113,10 +114,9 @@ class Hub:
 class ModelScope(Hub):
     """ModelScope's SDK resumes, retries and checks by itself."""
 
-    title = "ModelScope"
-    repository = REPOSITORIES["modelscope"]
+    name, other, title = "modelscope", "huggingface", "ModelScope"
+    repository = REPOSITORIES[name]
     revision = "master"
-    other = "huggingface"
     login = "Set MODELSCOPE_API_TOKEN or run `modelscope login`"
     failures = (HubError, requests.RequestException, ValueError)
 
@@ -150,10 +150,9 @@ class HuggingFace(Hub):
     a file of ours. The hub redirects each request to a fresh address, whose age does not matter.
     """
 
-    title = "Hugging Face"
-    repository = REPOSITORIES["huggingface"]
+    name, other, title = "huggingface", "modelscope", "Hugging Face"
+    repository = REPOSITORIES[name]
     revision = "main"
-    other = "modelscope"
     login = "Set HF_TOKEN or run `hf auth login`"
     failures = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, KeyError, TypeError)
 
@@ -191,7 +190,7 @@ class HuggingFace(Hub):
         return path
 
 
-HUBS: dict[str, Hub] = {"modelscope": ModelScope(), "huggingface": HuggingFace()}
+HUBS: dict[str, Hub] = {hub.name: hub for hub in (ModelScope(), HuggingFace())}
 
 
 def content_fault(path: Path, entry: Entry) -> str | None:

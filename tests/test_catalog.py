@@ -72,7 +72,7 @@ def test_without_data_the_message_names_the_files_and_the_commands(tmp_path):
 
 
 def test_the_preferred_file_is_picked_and_the_others_are_named(tmp_path, capsys):
-    """From the least to the most preferred: each new file is picked before those that were there."""
+    """From the least to the most preferred: each new file is picked before those before it."""
     before: list[str] = []
     for name in ("pretrain_starter.jsonl", "pretrain_hq.jsonl", "pretrain_t2t.jsonl",
                  "pretrain_t2t_mini.jsonl"):

@@ -1,4 +1,5 @@
 """Fetching the data set, against a stand-in on loopback that speaks the protocols of both hubs."""
+import errno
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ def hub_name(request) -> str:
 
 @pytest.fixture
 def point_at(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
-    """Sends both libraries to a URL; keeps this machine's tokens from them; no waits between tries."""
+    """Sends both libraries to a URL, without this machine's tokens and without waits."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("MODELSCOPE_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -116,7 +117,7 @@ def test_a_hub_that_knows_none_of_the_names_says_what_it_has(point_at, settings)
         point_at(hub.url)
         line = failure(settings)
         for words in ("for pretrain and sft", "pretrain_2028.jsonl (", "sft_2028.jsonl (",
-                      "--files NAME", STARTER):
+                      f"python -m dataset.download --hub {settings.hub} --files NAME", STARTER):
             assert words in line
         assert ".gitattributes" not in line and not hub.ranges
 
@@ -237,6 +238,22 @@ def test_full_disk_is_found_before_the_download(hub, settings, monkeypatch):
     monkeypatch.setattr(download_module.shutil, "disk_usage", lambda path: usage)
     assert "GB free" in failure(settings)
     assert not hub.ranges
+
+
+def test_a_disk_that_fills_up_on_the_way_is_one_line(hub, settings, monkeypatch):
+    def fill_up(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(hubs.HubApi, "download_file", fill_up)
+    monkeypatch.setattr(hubs, "http_get", fill_up)
+    line = failure(settings)
+    assert "No space left on device" in line and "run the same command to go on" in line
+
+
+def test_errors_that_lead_in_a_circle_have_a_reason():
+    """An error that is raised again while another is handled is the other's cause and effect."""
+    first, second = ValueError("first"), ValueError("second")
+    first.__context__, second.__context__ = second, first
+    assert hubs.reason(first) == "second" and hubs.status_of(first) is None
 
 
 def test_two_downloads_of_a_file_do_not_mix(hub, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ class StandInHandler(JsonHandler):
         self.reply_json({"Code": 200, "Success": True, "Data": {"Files": files},
                          "TotalCount": len(self.server.files)})
 
-    # ---- Hugging Face: repository info or tree, and `resolve` with its redirect --------------------
+    # ---- Hugging Face: repository info or tree, and `resolve` with its redirect ------------------
 
     def hugging_face_listing(self, kind: str, revision: str) -> None:
         if not self.hugging_face_allows(revision, self.server.refuse_listing):
@@ -164,8 +164,8 @@ class StandInHandler(JsonHandler):
             return self.send_file(name, headers | {"ETag": f'"{git}"'})
         self.reply(302, b"", headers | {
             # Another name, so another origin: as with the real one, no token may go there.
-            "Location": f"http://localhost:{self.server.server_port}/storage/{name}", "X-Linked-Size": str(size),
-            "X-Linked-Etag": f'"{sha256}"', "ETag": f'"{git}"'})
+            "Location": f"http://localhost:{self.server.server_port}/storage/{name}",
+            "X-Linked-Size": str(size), "X-Linked-Etag": f'"{sha256}"', "ETag": f'"{git}"'})
 
     def hugging_face_allows(self, revision: str, status: int | None) -> bool:
         if status:
@@ -177,7 +177,7 @@ class StandInHandler(JsonHandler):
             return True
         return False
 
-    # ---- Both --------------------------------------------------------------------------------------
+    # ---- Both ------------------------------------------------------------------------------------
 
     def send_file(self, name: str, headers: dict[str, str] | None = None) -> None:
         body = self.server.files[name]
