@@ -173,11 +173,11 @@ class ConversationEncoder:
         """(start, end, whether learnt) of what the assistant says in `rendered`."""
         answers = [(message, learnt) for message, (_, _, learnt) in zip(messages, shape[1])
                    if message["role"] == "assistant"]
-        if spans:
-            if len(spans) != len(answers):
-                raise ValueError("The chat template marks as said by the assistant (`generation`) "
-                                 f"{len(spans)} parts of a conversation with {len(answers)}")
+        if spans and len(spans) == len(answers):
             return [(*span, learnt) for span, (_, learnt) in zip(spans, answers)]
+        if spans and not is_prompt:
+            raise ValueError(f"The chat template marks {len(spans)} parts as said by the assistant "
+                             f"(`generation`), where it speaks {len(answers)} times")
         found = []  # a template without these marks: the content, and the token that ends it
         eos = self.tokenizer.eos_token or ""
         for message, learnt in answers:
@@ -256,7 +256,7 @@ def _read(conversation: dict) -> tuple[tuple, list[str]]:
         texts += [_json(value) for value in (function["name"], described, parameters) if value]
     messages = []
     for message in conversation["messages"]:
-        role, content = message["role"], message.get("content")
+        role, content = message.get("role"), message.get("content")
         if type(content) is not str:
             content = text_of(content)
         if role == "assistant":

@@ -20,7 +20,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model import MINI_DIR, TOKENIZER_DIR
-from model.conversation import ConversationEncoder, encode_conversation, encode_text
+from model.conversation import (
+    ConversationEncoder,
+    encode_conversation,
+    encode_text,
+    fit_conversation,
+)
 from model.export import gguf_template
 from model.generation import TextStream
 from patches import serving
@@ -558,6 +563,32 @@ def test_a_batch_is_its_conversations_one_by_one_also_in_other_processes():
     assert pickle.loads(pickle.dumps(encoder)).conversations(some_chats()) == together
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(encode_elsewhere, (encoder,)) == together
+
+
+def test_a_question_is_trimmed_with_its_calls_and_results():
+    system = {"role": "developer", "content": "短。"}
+    turns = [message for number in range(3) for message in (
+        user(f"第{number}问"), assistant("", calls=[call("f", n=number)]), tool("7"),
+        assistant("七"))]
+    messages = [system, *turns, user("最后一问"), assistant("", calls=[call("f")]), tool("结果" * 9)]
+
+    def length(kept: list[dict]) -> int:
+        return len(encode_conversation(
+            TOKENIZER, kept, tools=[BARE], add_generation_prompt=True, enable_thinking=True)[0])
+
+    kept_turns = set()
+    for limit in range(length([system, *messages[-3:]]), length(messages) + 1):
+        ids, kept = fit_conversation(TOKENIZER, messages, limit, tools=[BARE], enable_thinking=True)
+        assert len(ids) == length(kept) <= limit
+        assert kept[0] == system and kept[1:] == messages[len(messages) - len(kept) + 1:]
+        assert kept[1]["role"] == "user"
+        kept_turns.add(len(kept))
+    assert kept_turns == {4, 8, 12, 16}
+    _, kept = fit_conversation(TOKENIZER, messages, length([system, *messages[-3:]]) - 4,
+                               tools=[BARE], enable_thinking=True)
+    assert [m["role"] for m in kept] == ["developer", "user", "assistant", "tool"]
+    assert messages[-1]["content"].endswith(kept[-1]["content"])
+    assert 0 < len(kept[-1]["content"]) < 18
 
 
 def test_layouts_are_kept_within_bounds(monkeypatch):

@@ -231,6 +231,23 @@ def test_the_mask_shown_is_the_trainers(name, tokenizer):
     assert re.search(rf"^(Of )?{len(ids)} (tokens|个 token 里有) {sum(loss)} ", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
+def test_the_conversation_shown_is_the_templates(name, tokenizer):
+    shown = [block for block in blocks((ROOT / name).read_text("utf-8"), "")
+             if "<tool_response>" in block]
+    number = {"type": "number"}
+    multiply = {"name": "multiply", "description": "两数相乘", "parameters": {
+        "type": "object", "properties": {"a": number, "b": number}}}
+    messages = [
+        {"role": "user", "content": "34 乘 19 得多少？"},
+        {"role": "assistant", "content": None, "reasoning_content": "用工具算。",
+         "tool_calls": [{"name": "multiply", "arguments": {"a": 34, "b": 19}}]},
+        {"role": "tool", "content": "646"},
+        {"role": "assistant", "content": "34 乘 19 等于 646。"},
+    ]
+    assert shown == [tokenizer.apply_chat_template(messages, tools=[multiply], tokenize=False)]
+
+
 # ---- Two languages ------------------------------------------------------------------------------
 
 def test_both_languages_have_the_same_documents():
