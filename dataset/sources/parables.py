@@ -4,8 +4,6 @@ import re
 import zipfile
 from collections.abc import Iterator
 
-from dataset.text import han
-
 MEMBER = "evals/registry/data/parable-to-moral-match/parable-to-moral-match-zh.jsonl"
 MORALS = re.compile(r"\nA\) (.*) B\) (.*) C\) (.*) D\) (.*) E\) (.*?)\nThe output", re.S)
 
@@ -18,7 +16,7 @@ def choices(archive: zipfile.ZipFile) -> Iterator[dict]:
         morals = MORALS.search(content)
         answer = re.search(r": ([A-E])", entry["ideal"][0])
         if morals and answer and len(story) <= 300:
-            yield {"task": "parable", "kind": "choice", "key": han(story),
+            yield {"task": "parable", "kind": "choice", "passages": [story],
                    "question": f"{story}\n这个故事的寓意是：",
                    "choices": [moral.strip() for moral in morals.groups()],
                    "answer": "ABCDE".index(answer[1])}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import opencc
 
-from dataset.text import UNREADABLE, bucket, cut, finish, han, pack, sentences, tidy
+from dataset.text import UNREADABLE, bucket, cut, finish, han, is_specific, pack, sentences, tidy
 
 KEPT = {"唐诗": 16_000, "宋诗": 11_000, "宋词": 7_000, "元曲": 1_000}
 UNTITLED = {"句", "诗", "失题", "无题诗", "残句", "断句", "缺题", "诗句", "偈", "颂", "颂古", "诗一首"}
@@ -51,6 +51,11 @@ class Poem:
     def key(self) -> str:
         """The first 24 Han characters: what tells one poem from another."""
         return han("".join(self.lines))[:24]
+
+    @property
+    def passages(self) -> list[str]:
+        """What must not be quoted where the poem is held out: each line, and the whole."""
+        return [*self.lines, "".join(self.lines)]
 
     @property
     def held_out(self) -> bool:
@@ -178,9 +183,8 @@ def unambiguous(poems: list[Poem]) -> list[Poem]:
 
 def texts(poems: list[Poem]) -> Iterator[str]:
     for poem in poems:
-        if not poem.held_out:
-            author = "" if poem.author in NAMELESS else f"·{poem.author}"
-            yield f"《{poem.title}》 {poem.dynasty}{author}\n" + "\n".join(poem.lines)
+        author = "" if poem.author in NAMELESS else f"·{poem.author}"
+        yield f"《{poem.title}》 {poem.dynasty}{author}\n" + "\n".join(poem.lines)
 
 
 def fact_texts(poems: list[Poem], rng: random.Random) -> Iterator[str]:
@@ -261,7 +265,7 @@ def choices(poems: list[Poem], rng: random.Random) -> Iterator[dict]:
             options = rng.sample([name for name in famous if name != poem.author], 3)
             options.append(poem.author)
             rng.shuffle(options)
-            yield {"task": "poem_author", "kind": "choice", "key": poem.key,
+            yield {"task": "poem_author", "kind": "choice", "passages": poem.passages,
                    "question": f"下面这首{poem.kind}的作者是谁？\n" + "\n".join(poem.lines) + "\n",
                    "choices": options, "answer": options.index(poem.author)}
         right = poem.lines[1]
@@ -270,6 +274,8 @@ def choices(poems: list[Poem], rng: random.Random) -> Iterator[dict]:
         if len(others) >= 3:
             options = others[:3] + [right]
             rng.shuffle(options)
-            yield {"task": "poem_next", "kind": "choice", "key": han(right)[:24],
+            # A short line stands in many poems; behind the line before it, it is this one.
+            passage = right if is_specific(right) else poem.lines[0] + right
+            yield {"task": "poem_next", "kind": "choice", "passages": [passage],
                    "question": f"“{poem.lines[0]}”的下一句是：", "choices": options,
                    "answer": options.index(right)}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dataset.text import UNREADABLE, bucket, finish, pack, sentences, tidy
 
+CHINESE_SIZE = 120  # characters of a text of everyday sentences
+PAIR_SIZE = 240  # … with their English
 # Among the ingredients stand tools and half sentences.
 TOOL = re.compile(r"[锅碗秤夹刀盘勺筷铲板机纸箱盆罐瓶杯桶袋]|量$|[的或半和]|切|可选|工具|模具|器$|保鲜|牙签|其他|根据|用于")
 
@@ -82,5 +84,9 @@ def read_pairs(archive: zipfile.ZipFile) -> list[Pair]:
 
 def pair_texts(pairs: list[Pair]) -> Iterator[str]:
     """Everyday Chinese alone, and beside its English."""
-    yield from pack((pair.chinese for pair in pairs), 120)
-    yield from pack((f"{pair.chinese} {pair.english}" for pair in pairs), 240)
+    yield from pack((pair.chinese for pair in pairs), CHINESE_SIZE)
+    yield from pack((pair_text(pair) for pair in pairs), PAIR_SIZE)
+
+
+def pair_text(pair: Pair) -> str:
+    return f"{pair.chinese} {pair.english}"

@@ -6,7 +6,8 @@ little from one Python version to another.
 import ast
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.text import bucket, pack
@@ -31,20 +32,32 @@ def files(root: Path | None = None) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def read(paths: list[Path]) -> tuple[list[str], list[str]]:
-    """(pieces of code, pieces of English prose) of all modules, each module parsed once."""
-    code: list[str] = []
-    english: list[str] = []
+@dataclass(frozen=True)
+class Module:
+    """One module's pieces of code, and of English prose: its docstrings, which the code repeats."""
+
+    name: str
+    code: tuple[str, ...]
+    english: tuple[str, ...]
+
+
+def read(paths: list[Path]) -> list[Module]:
+    """All readable modules, each parsed once, and the topics behind help() as modules of prose."""
     topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
-    prose = list(topic_texts(topics)) if topics.exists() else []  # the reference behind help()
+    modules = [Module(f"topic {i}", (), tuple(english_pieces([text])))
+               for i, text in enumerate(topic_texts(topics) if topics.exists() else ())]
     for path in paths:
-        if module := readable(path):
-            text, tree = module
-            code += [piece for piece in chunks(text, tree) if 200 < len(piece) <= 2 * CODE_SIZE]
-            prose += docstrings(tree)
-    for text in prose:
-        english += [piece for piece in pack(paragraphs(text), ENGLISH_SIZE) if len(piece) > 80]
-    return code, list(dict.fromkeys(english))
+        if found := readable(path):
+            text, tree = found
+            code = [piece for piece in chunks(text, tree) if 200 < len(piece) <= 2 * CODE_SIZE]
+            name = "/".join(path.parts[-3:])
+            modules.append(Module(name, tuple(code), tuple(english_pieces(docstrings(tree)))))
+    return modules
+
+
+def english_pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (p for p in pack(paragraphs(text), ENGLISH_SIZE) if len(p) > 80)
 
 
 def readable(path: Path) -> tuple[str, ast.Module] | None:
@@ -109,7 +122,7 @@ def paragraphs(text: str) -> Iterator[str]:
             yield block
 
 
-def drawn(pieces: list[str], budget: int) -> Iterator[str]:
+def drawn(pieces: Iterable[str], budget: int) -> Iterator[str]:
     """Pieces in the order of their hash until `budget` characters are spent."""
     for piece in sorted(pieces, key=lambda piece: bucket(piece, 2**60)):
         if budget < 0:
