@@ -245,7 +245,8 @@ def test_the_conversation_shown_is_the_templates(name, tokenizer):
         {"role": "tool", "content": "646"},
         {"role": "assistant", "content": "34 乘 19 等于 646。"},
     ]
-    assert shown == [tokenizer.apply_chat_template(messages, tools=[multiply], tokenize=False)]
+    rendered = tokenizer.apply_chat_template(messages, tools=[multiply], tokenize=False)
+    assert shown == [rendered.removesuffix("\n")]
 
 
 # ---- Two languages ------------------------------------------------------------------------------
