@@ -66,8 +66,8 @@ def main() -> None:
     tasks = sorted({item["task"] for item in items})
     console.print("Evaluation (eval_starter.jsonl): " + ", ".join(
         f"{sum(item['task'] == task for item in items)} {task}" for task in tasks))
-    console.print("Removed, for they stand in the training text or are too short to tell: " + ", ".join(
-        f"{count} {task}" for task, count in sorted(removed.items())))
+    counts = ", ".join(f"{count} {task}" for task, count in sorted(removed.items()))
+    console.print(f"Removed, for they stand in the training text or are too short to tell: {counts}")
 
 
 def decontaminate(corpus: Corpus) -> tuple[list[dict], dict[str, int]]:

@@ -31,7 +31,7 @@ def is_long(text: str) -> bool:
 def asked(question: str) -> str:
     """A question without marks and spaces, but with the signs of its sum."""
     question = re.sub(r"(?<=\d) *[*x] *(?=\d)", "×", question.lower()).replace("/", "÷")
-    return "".join(character for character in question if character.isalnum() or character in "+-×÷")
+    return "".join(c for c in question if c.isalnum() or c in "+-×÷")
 
 
 def sums_of(texts: Iterable[str]) -> set[tuple]:
@@ -163,7 +163,8 @@ LEAKS = {
     "short sentence": (TEXT | {"text": "我家门前有两棵枣树。"}, "他说，我家门前有两棵枣树！"),
     "in a conversation": (TEXT | {"text": "我家门前有两棵枣树。"},
                           chat("translation", "翻译：I have trees", "我家门前，有两棵枣树。")),
-    "short English": (TEXT | {"text": "My uncle mends old wall clocks."}, "MY UNCLE mends\nold wall clocks"),
+    "short English": (TEXT | {"text": "My uncle mends old wall clocks."},
+                      "MY UNCLE mends\nold wall clocks"),
     "English": (TEXT | {"text": ENGLISH}, f"# {ENGLISH[20:110]}"),
     "code": (TEXT | {"text": CODE}, "x = 1\n" + CODE[10:].replace("    ", "\t")),
     "a sentence with its English": (

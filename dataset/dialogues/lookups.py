@@ -90,10 +90,10 @@ def lives(entries: list[Author], count: int, rng: random.Random) -> Iterator[Cha
 
 
 def laws(entries: list[Article], count: int, rng: random.Random) -> Iterator[Chat]:
-    taught = [article for article in entries if 15 < len(article.text) <= 90 and "\n" not in article.text]
-    for article in some(taught, count, rng):
-        short = article.law.removeprefix("中华人民共和国")
-        law = rng.choice((article.law, short))
+    short = [article for article in entries
+             if 15 < len(article.text) <= 90 and "\n" not in article.text]
+    for article in some(short, count, rng):
+        law = rng.choice((article.law, article.law.removeprefix("中华人民共和国")))
         form = rng.choice(("《{}》{}是怎么规定的？", "《{}》{}的内容是什么？"))
         yield chat("law", form.format(law, article.number),
                    f"《{law}》{article.number}规定：{finish(article.text)}")
