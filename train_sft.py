@@ -31,6 +31,13 @@ class Settings(TrainSettings):
     init: str | None = option(
         None, "weights to start from; default: out_dir/pretrain_512.pth or _256"
     )
+    mix: float | None = option(
+        None, "with --data: share of the stage's usual data in the rows; default: "
+        "0.5 if the start already talks, else 0"
+    )
+    epochs: int | None = option(
+        None, "passes over the data; default: 1, more for a small --data on a model that talks"
+    )
     agent_data: str | None = option(
         None, "the agent's conversations, or none; default: without --data dataset/codeact.jsonl, "
         "if it is there"
@@ -52,8 +59,10 @@ RECIPES = {
 
 
 def load_pretrained(model: YuanMengModel, settings: Settings) -> None:
-    """Start from what pretraining saved."""
+    """Start from what pretraining saved, or from the weights that `--init` names."""
     default = Path(settings.out_dir) / f"pretrain_{model.config.hidden_size}.pth"
+    if settings.init and not Path(settings.init).exists():
+        raise FileNotFoundError(f"--init {settings.init}: there is no such file or folder")
     load_stage_weights(
         model,
         Path(settings.init or default),

@@ -134,6 +134,11 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError, WeightsError: as `read_checkpoint`, or not all entries are tensors.
     """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise WeightsError(
+            f"{path} is one file of a model folder: give the folder that holds it, {path.parent}"
+        )
     state = read_checkpoint(path)
     foreign = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if foreign:

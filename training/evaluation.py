@@ -31,6 +31,26 @@ def sum_losses(model: torch.nn.Module, x_BT, y_BT, mask, byte_lengths) -> tuple[
     return nats.item(), int(byte_lengths[targets.cpu()].sum())
 
 
+def nats_per_token(
+    model, rows, indices: list[int], kernel: AttentionKernel, world, batch_size=8
+) -> float:
+    """Loss on the rows of a `RowSet` that are named by `indices`, as the training log counts it.
+
+    Every process of `world` takes its share; `kernel` is how the layers attend meanwhile.
+    """
+    device = next(model.parameters()).device
+    byte_lengths = torch.ones(model.config.vocab_size)  # so that "bytes" are tokens
+    nats, num_tokens = 0.0, 0
+    with kernel.used_by(model):
+        for start in range(world.rank * batch_size, len(indices), world.size * batch_size):
+            batch = rows.batch(indices[start : start + batch_size])
+            x, y, segments = (tensor.to(device) for tensor in batch)
+            part = sum_losses(model, x, y, kernel.make_mask(segments), byte_lengths)
+            nats, num_tokens = nats + part[0], num_tokens + part[1]
+    nats, num_tokens = world.sum_numbers(nats, num_tokens)
+    return nats / max(1, num_tokens)
+
+
 def bits_per_byte(
     model, rows, kernel: AttentionKernel, byte_lengths, world, max_rows=None, batch_size=8
 ) -> float:

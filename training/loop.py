@@ -27,13 +27,18 @@ from training.checkpoint import (
     read_resume_state,
 )
 from training.distributed import World
-from training.evaluation import bits_per_byte, token_byte_lengths
+from training.evaluation import bits_per_byte, nats_per_token, token_byte_lengths
 from training.hardware import can_compile, compile_layers, flops_per_token, peak_flops
 from training.loss import chunked_cross_entropy, softmax_gradient
 from training.optimizer import MasterOptimizer, Recipe
+from training.order import MixedOrder, order_of
 from training.reporting import Reporter
-from training.schedule import reference_cosine, trapezoid
+from training.schedule import WARMUP_STEPS, reference_cosine, trapezoid
 from training.settings import TrainSettings
+
+FEW_ROWS = 32  # so many of one's own are asked now and then whether they are learnt
+OWN_EVERY = 10  # steps between two times
+LEARNT_NATS = 0.01  # a token: less is known by heart
 
 
 class NonFiniteLoss(RuntimeError):
@@ -74,20 +79,35 @@ class Trainer:
         self.weights_path = out_dir / f"{stage}_{model.config.hidden_size}.pth"
         self.resume_path = self.weights_path.with_suffix(".resume.pth")
 
-        self.batch_size = min(settings.batch_size, len(rows.train))
+        self.order = order_of(
+            rows, getattr(settings, "mix", 0), settings.batch_size, settings.seed
+        )
+        self.batch_size = self.order.batch_size
+        self.own_rows: list[int] = []  # of the user's file, if they are few
+        if isinstance(self.order, MixedOrder):
+            self.own_rows = self.order.own.tolist()
+        elif settings.data and getattr(settings, "mix", None) is not None:
+            self.own_rows = list(range(len(rows.train)))
+        if len(self.own_rows) > FEW_ROWS:
+            self.own_rows = []
         if self.batch_size % world.size:
             raise ValueError(
                 f"a batch of {self.batch_size} rows does not divide among {world.size} processes; "
                 f"set --batch_size to a multiple of {world.size}"
             )
-        self.steps_per_epoch = len(rows.train) // self.batch_size
+        self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = self.steps_per_epoch * settings.epochs
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
+        self.warmup_steps = settings.warmup_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = min(WARMUP_STEPS, self.total_steps // 10)
         self.step = 0  # steps done
         self.last_eval = 0  # step of the last held-out loss
         self.elapsed = 0.0  # seconds trained, all sessions together
         self.resumed = self.stopped = False
+        self.may_end_early = False  # set by the stage where nobody named the run's length
+        self.ends_at: int | None = None  # the step of an early end, once it is decided
         # (step, loss, gradient norm) since the last log line; on a GPU they are not read before it
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         on_gpu = self.device.type == "cuda"
@@ -100,7 +120,6 @@ class Trainer:
         # Few tokens at a time keep a CPU's logits small; a GPU wants few launches.
         self.loss_chunk = 16384 if on_gpu else 1024
         self.kernel = self.eager_kernel = SDPA if on_gpu else BLOCK_CAUSAL
-        self._epoch, self._order = -1, None
 
     # -- the story -----------------------------------------------------------------------------
 
@@ -115,9 +134,7 @@ class Trainer:
         self.prepare_speed()
         torch.set_rng_state(random_state)  # measuring the machine drew some numbers
         self.meter = Meter()
-        # The same places in a run that was interrupted and in one that was not.
-        interval = self._eval_interval()
-        self.next_eval = interval * (self._eval_position() // interval + 1)
+        self._set_next_eval()
         with stop_requests() as stop:
             while self.step < self.total_steps:
                 batch = self.batch(self.step)
@@ -133,6 +150,7 @@ class Trainer:
             # Still inside: a Ctrl-C now must not cost the steps since the last save.
             self._log()
             if not self.stopped:
+                self._check_own_records()
                 self._evaluate(self.settings.final_eval_rows)
             self.save(wait=True, finished=not self.stopped)
         self.reporter.draw()
@@ -155,12 +173,20 @@ class Trainer:
             self._log()
         self.reporter.show_progress(self.step, self._expected_steps())
         self.saver.check()
+        if self.may_end_early and self.step % OWN_EVERY == 0:
+            with self.meter.pause():
+                self._end_early()
         if self._eval_is_due():
             with self.meter.pause():
                 self._evaluate(self.settings.eval_rows)
             self.next_eval += self._eval_interval()
         if self.step % self.settings.save_every == 0:
             self.save(wait=False)
+
+    def _set_next_eval(self) -> None:
+        """The same places in a run that was interrupted and in one that was not."""
+        interval = self._eval_interval()
+        self.next_eval = interval * (self._eval_position() // interval + 1)
 
     def _eval_is_due(self) -> bool:
         """Whether it is time for a held-out loss on the way; the one at the end comes anyway.
@@ -176,14 +202,8 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------
 
     def _indices(self, step: int) -> list[int]:
-        """Rows of the whole batch of a step: a permutation that depends on seed and epoch only."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.rows.train), generator=generator)
-        start = position * self.batch_size
-        return self._order[start : start + self.batch_size].tolist()
+        """Rows of the whole batch of a step; they depend on the seed and the step only."""
+        return self.order.indices(step)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This process's share of a step's batch: tokens, targets and segments, each [B, T]."""
@@ -252,7 +272,7 @@ class Trainer:
         """The learning rate of a step as a factor of its peak."""
         if self.settings.recipe == "reference":
             return reference_cosine(progress)
-        return trapezoid(progress, step, self.settings.warmup_steps, self.settings.decay_share)
+        return trapezoid(progress, step, self.warmup_steps, self.settings.decay_share)
 
     def _progress(self) -> float:
         """How much of the run is over, by steps or by the clock, whichever is further."""
@@ -382,6 +402,39 @@ class Trainer:
             self.reporter.record("heldout", self.step, value)
         self.reporter.say(f"held-out loss at step {self.step}: {value:.4f} bits per byte")
 
+    def _own_loss(self) -> float:
+        """The loss on the user's records, if they are few; else infinite."""
+        if not self.own_rows:
+            return math.inf
+        with torch.compiler.set_stance("force_eager"):
+            return nats_per_token(
+                self.model, self.rows.train, self.own_rows, self.eager_kernel, self.world
+            )
+
+    def _end_early(self) -> None:
+        """End the run early if the user's few records are learnt before the rate begins to fall.
+
+        The run does not break off: the rate falls to zero first, as it does in any run.
+        """
+        end = math.ceil(self.step / max(1e-9, 1 - self.settings.decay_share))
+        if self.ends_at or end >= self.total_steps or (loss := self._own_loss()) >= LEARNT_NATS:
+            return
+        self.ends_at = self.total_steps = end
+        self._set_next_eval()
+        self.reporter.say(
+            f"The loss on your {self.rows.meta['records']} records is {loss:.3f} at step "
+            f"{self.step}: they are learnt by heart; stopping at step {end}, as the rate falls."
+        )
+
+    def _check_own_records(self) -> None:
+        """At the end: say it if the user's few records are learnt by heart."""
+        loss = self._own_loss()
+        if loss < LEARNT_NATS and not self.ends_at:
+            self.reporter.say(
+                f"The loss on your {self.rows.meta['records']} records is {loss:.3f}: they are "
+                "learnt by heart; more passes add nothing."
+            )
+
     # -- saving and resuming -------------------------------------------------------------------
 
     def fingerprint(self) -> dict:
@@ -397,6 +450,8 @@ class Trainer:
             "decay_share",
         )
         settings = asdict(self.settings)
+        if settings["warmup_steps"] is None:  # not this run's: a longer one may go on from it
+            settings["warmup_steps"] = WARMUP_STEPS
         shape = {
             key: getattr(self.model.config, key)
             for key in ("hidden_size", "num_layers", "vocab_size")
@@ -405,6 +460,7 @@ class Trainer:
             **{name: settings[name] for name in names},
             **shape,
             "batch_size": self.batch_size,
+            **({"mix": mix} if (mix := settings.get("mix")) else {}),
             **self.rows.sources,
             "data_path": str(shown(Path(self.rows.meta["data_path"]))),  # for the message only
         }
@@ -429,6 +485,7 @@ class Trainer:
                 "step": self.step,
                 "elapsed": self.elapsed,
                 "finished": finished,
+                "ends_at": self.ends_at,
                 "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "history": self.reporter.history_tensors(pending),
@@ -509,6 +566,8 @@ class Trainer:
         torch.set_rng_state(state["random"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.reporter.load_history(state["history"])
+        if ends_at := state.get("ends_at"):
+            self.ends_at = self.total_steps = min(ends_at, self.total_steps)
         self.resumed = True
         size, saved_by = self.world.size, state.get("processes", self.world.size)
         again = self.world.launcher and self.world.launcher in state.get("launchers", ())

@@ -2,6 +2,8 @@
 
 import math
 
+WARMUP_STEPS = 20  # by default, but at most a tenth of the run
+
 
 def trapezoid(progress: float, step: int, warmup_steps: int, decay_share: float) -> float:
     """Rise over the first steps, stay at 1, and fall in a line to 0 over the last `decay_share`.

@@ -65,7 +65,9 @@ class TrainSettings:
     )
     accumulation_steps: int | None = option(None, "steps per update; default: 1, reference 8")
     row_length: int = option(512, "tokens in a row")
-    warmup_steps: int = option(20, "steps over which the learning rate rises")
+    warmup_steps: int | None = option(
+        None, "steps over which the learning rate rises; default: 20, at most a tenth of the run"
+    )
     decay_share: float = option(0.6, "last share of the run over which it falls to zero")
     dtype: str = option(
         "bfloat16", "of weights in the network: bfloat16 or float32 (masters are float32)"

@@ -19,6 +19,7 @@ from training.distributed import FailedElsewhere, LostContact, World
 from training.hardware import choose_device, set_threads
 from training.loop import NonFiniteLoss, Trainer
 from training.optimizer import Recipe
+from training.own_data import add_usual_rows, decide, least_epochs
 from training.settings import TrainSettings, parse_settings
 
 STOPPED = 130  # exit status of a run that was asked to stop, as a shell has it after Ctrl-C
@@ -98,12 +99,17 @@ def train_stage(
         if hasattr(settings, "agent_data"):
             wanted = settings.agent_data or ("none" if settings.data else None)
             agent_data = pick_agent_data(wanted, quiet=not world.is_main)
-        fill_in_defaults(settings, recipes, LONG_ROWS if agent_data else 512)
+        usual: list[Path] = []
+        if hasattr(settings, "init"):
+            usual = decide(stage, settings, recipes, data, quiet=not world.is_main)
+        passes_wanted = settings.epochs
+        long = bool(agent_data) or len(usual) > 1
+        fill_in_defaults(settings, recipes, LONG_ROWS if long else 512)
         if world.is_first_on_node:  # it builds the rows, the node's others open them
-            rows = rows_of(data, agent_data, stage, settings, strict=settings.strict)
+            rows = rows_of(data, agent_data, usual, stage, settings, strict=settings.strict)
     with world.together():
         if not world.is_first_on_node:
-            rows = rows_of(data, agent_data, stage, settings, build=False)
+            rows = rows_of(data, agent_data, usual, stage, settings, build=False)
         if not len(rows.train):
             length = settings.row_length
             raise ValueError(f"{data[0]}: is too small to fill one row of {length} tokens")
@@ -135,21 +141,39 @@ def train_stage(
         f"{rows.train.num_tokens:,} tokens; "
         f"{trainer.batch_size} rows a step on {world.size} × {device.type}"
     )
+    chosen = passes_wanted is None and settings.epochs > 1
+    trainer.may_end_early = chosen and settings.max_steps is None
+    if chosen:
+        say(
+            f"Passes: {settings.epochs} over your {rows.meta['records']} records, for a run of "
+            f"{trainer.total_steps} steps; --epochs, --max_steps or --max_minutes change it."
+        )
     if not trainer.resume():
         trainer.write_results()
         say(f"This run is complete; its weights are in {trainer.weights_path}.")
         return False
     trainer.run()
+    if stage == "sft" and not trainer.stopped:
+        say(f"Talk to it: python model_chat.py --model {trainer.weights_path}")
     return trainer.stopped
 
 
-def rows_of(data: list[Path], agent_data: list[Path], stage: str, settings: TrainSettings,
-            **options: bool) -> PackedRows:
-    """The rows of the stage's data, those of the agent's conversations among them."""
-    options |= settings.reading_options()
-    rows, *agent = (prepare_rows(paths, stage, TOKENIZER_DIR, settings.row_length, **options)
-                    for paths in (data, agent_data) if paths)
-    return join_rows(rows, agent[0], settings.agent_share) if agent else rows
+def rows_of(
+    data: list[Path], agent_data: list[Path], usual: list[Path], stage: str,
+    settings: TrainSettings, **options: bool,
+) -> PackedRows:
+    """The rows of the stage's data, those of the agent's conversations among them, and of the
+    `usual` data that is mixed into one's own; they settle how many epochs the run has."""
+    rows, *agent = (
+        prepare_rows(paths, stage, TOKENIZER_DIR, settings.row_length,
+                     **settings.reading_options(), **options)
+        for paths in (data, agent_data) if paths
+    )
+    if agent:
+        rows = join_rows(rows, agent[0], settings.agent_share)
+    if settings.epochs is None:
+        settings.epochs = least_epochs(len(rows.train), settings)
+    return add_usual_rows(rows, usual, stage, settings, **options) if usual else rows
 
 
 def fill_in_defaults(
