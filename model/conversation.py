@@ -337,7 +337,7 @@ def text_of(content: object) -> str:
                 and isinstance(part.get("text"), str)):
             raise ValueError("a content part that is no text; this model reads text only: "
                              f"{json.dumps(part, ensure_ascii=False, default=str)[:60]}")
-    return "".join(part["text"] for part in content)
+    return "\n".join(part["text"] for part in content)
 
 
 def _function_of(value: object, kind: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_a_prompt_is_the_beginning_of_what_was_learnt(thinking, said):
 
 def test_developer_is_system_and_content_parts_are_joined():
     parts = [{"type": "text", "text": "一年"}, {"type": "text", "text": "几个月？"}]
-    expected = render([{"role": "system", "content": "短。"}, user("一年几个月？")])
+    expected = render([{"role": "system", "content": "短。"}, user("一年\n几个月？")])
     messages = [{"role": "developer", "content": [{"type": "text", "text": "短。"}]}, user(parts)]
     assert render(messages) == expected
     assert TOKENIZER.decode(encode_conversation(TOKENIZER, messages)[0]) == expected

@@ -1,14 +1,14 @@
 """Shapes of records: each becomes the internal form, by rules that a user would expect."""
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
 
-from dataset.files import BrokenData
+from dataset.files import BrokenData, open_as, read_blocks
 from dataset.records import FileReport, read_block, read_records, reading_of
-from dataset.files import open_as, read_blocks
 from dataset.shapes import Fault, conversation_of, text_of
 
 QUESTION, ANSWER = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}
@@ -254,3 +254,20 @@ def test_the_reader_of_datasets_gives_the_same(tmp_path):
     path = write(tmp_path / "d.jsonl", records)
     loaded = datasets.Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
     assert [converted(record) for record in loaded] == [c for _, c in read_records(path, "sft")]
+
+
+# ---- The documents ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("document", ["docs/own-data.md", "docs/en/own-data.md"])
+def test_every_example_of_the_documents_can_be_used_as_it_stands(document, tmp_path):
+    text = (Path(__file__).parents[1] / document).read_text(encoding="utf-8")
+    examples = re.findall(r"^```json\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 6
+    data = tmp_path / "d.jsonl"
+    data.write_text(examples[0], encoding="utf-8")
+    assert len(list(read_records(data, "pretrain"))) == 1
+    data.write_text("\n".join(examples[1:]), encoding="utf-8")
+    assert len(list(read_records(data, "sft", strict=True))) == 5
+    assert notes(data, "sft") == [f"{data}: 2 conversations (role, content), 1 OpenAI messages, "
+                                  "1 ShareGPT (from, value), 1 Alpaca; "
+                                  "1 empty system messages skipped"]
