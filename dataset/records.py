@@ -87,7 +87,11 @@ def read_block(block: Block, reading: Reading) -> Records:
 def _values(block: Block, format: str, found: Records) -> Iterator[tuple[int, object]]:
     """The parsed records of a block, each with its number; broken lines go into `found`."""
     if format == TEXT:
-        yield from paragraphs(block)
+        for number, document in paragraphs(block):
+            if document.isascii() or is_unicode(document):
+                yield number, document
+            else:
+                found.faults.append((number, "not UTF-8"))
     elif format == LINES:
         for number, line in enumerate(block.content.removesuffix(b"\n").split(b"\n"), block.first):
             if not line.strip():
@@ -108,8 +112,11 @@ def _values(block: Block, format: str, found: Records) -> Iterator[tuple[int, ob
 
 
 def paragraphs(block: Block) -> Iterator[tuple[int, str]]:
-    """The documents of a plain text, each with the number of the line on which it begins."""
-    text, number = block.content.decode(errors="replace"), block.first
+    """The documents of a plain text, each with the number of the line on which it begins.
+
+    Bytes that are not UTF-8 are half surrogate pairs in them (`is_unicode`).
+    """
+    text, number = block.content.decode(errors="surrogateescape"), block.first
     pattern = PARAGRAPH_BREAK if block.by_paragraph else re.compile("\n")
     start = 0
     for match in [*pattern.finditer(text), None]:
@@ -120,6 +127,15 @@ def paragraphs(block: Block) -> Iterator[tuple[int, str]]:
         if match:
             number += text.count("\n", start, match.end())
             start = match.end()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _look_at_words(conversation: dict, found: Records) -> None:
@@ -152,7 +168,8 @@ def reading_of(file: DataFile, kind: str, marks: str = "auto") -> tuple[Reading,
         sample = read_block(block, reading)
         if number == 0 and not sample.records and (sample.wrong_shape or len(sample.faults) > 2):
             line, reason = sample.wrong_shape or sample.faults[0]
-            hint = "" if sample.wrong_shape else ". Is this JSON Lines, one record on each line?"
+            hint = ("; is this JSON Lines, one record on each line?"
+                    if reason.startswith("bad JSON") else "")
             raise BrokenData(f"{file}:{line}: {reason}{hint}")
         texts += [text for _, text in sample.records[:SAMPLED_TEXTS] if isinstance(text, str)]
     if kind == SFT or marks == "keep":

@@ -70,7 +70,8 @@ def lines_of(block: Block, format: str) -> Iterator[tuple[int, bytes]]:
         records = ((number, {"text": text}) for number, text in paragraphs(block)
                    ) if format == TEXT else block.content
         for number, record in records:
-            yield number, json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n"
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            yield number, line.encode(errors="surrogatepass")  # what was not UTF-8 still is not
 
 
 def usable(line: bytes) -> str | dict:

@@ -18,6 +18,8 @@ from collections import Counter
 TEXTS, CONVERSATIONS, MESSAGES = "texts", "conversations (role, content)", "OpenAI messages"
 SHAREGPT, ALPACA = "ShareGPT (from, value)", "Alpaca"
 PREFERENCES, PROMPTS = "preference pairs (chosen, rejected)", "prompts with gt"
+LABELLED = "answers labelled good or bad (label)"
+MEDIA = ("images", "image", "videos", "audios")  # beside the conversation, in multimodal data
 KNOWN_SHAPES = (
     'Known are {"text"} for pretraining, and for fine-tuning {"conversations": [{"role", "content"}]}, '
     '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} and {"instruction", '
@@ -34,6 +36,7 @@ ROLES = {
 STAGE_OF = {  # who can use which shape
     TEXTS: "pretraining (train_pretrain.py)",
     PREFERENCES: "training on preferences, a later stage",
+    LABELLED: "training on preferences, a later stage",
     PROMPTS: "reinforcement learning, a later stage",
 }
 FINE_TUNING = "fine-tuning (train_sft.py)"
@@ -51,13 +54,16 @@ def shape_of(record: object) -> str:
     """The name of a record's shape. Raises `WrongShape`, or `Fault` if it is no object."""
     if not isinstance(record, dict):
         raise Fault(f"wrong type: expected an object, found {json_type(record)}")
-    if record.get("chosen") is not None and record.get("rejected") is not None:
+    names = [name for name in ("chosen", "chosen_messages") if record.get(name) is not None]
+    if names and record.get(names[0].replace("chosen", "rejected")) is not None:
         return PREFERENCES
     for field, shape in (("conversations", CONVERSATIONS), ("messages", MESSAGES)):
         turns = record.get(field)
         if turns is not None:
             if record.get("gt") is not None:
                 return PROMPTS
+            if isinstance(record.get("label"), bool):
+                return LABELLED
             first = turns[0] if isinstance(turns, list) and turns else None
             if isinstance(first, dict) and "from" in first and "role" not in first:
                 return SHAREGPT
@@ -89,6 +95,8 @@ def conversation_of(record: object, mended: Counter) -> tuple[str, dict]:
     shape = shape_of(record)
     if shape in STAGE_OF:
         raise WrongShape(f"{shape}: data for {STAGE_OF[shape]}, not for fine-tuning")
+    if media := [name for name in MEDIA if record.get(name)]:
+        raise Fault(f"comes with {media[0]}: this model reads text only")
     tools = record.get("tools")
     if shape == ALPACA:
         turns = _alpaca_turns(record)
@@ -170,10 +178,11 @@ def _message(turn: object, sharegpt: bool) -> dict:
 
 def _part(part: object) -> str:
     """The text of one part of an OpenAI message's content."""
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    if isinstance(part, dict) and part.get("type") == "text":
+        text = part.get("text", part.get("value"))  # LLaMA-Factory's second form has "value"
+        return checked_text('the "text" of a part', text, may_be_empty=True)
     kind = part.get("type") if isinstance(part, dict) else json_type(part)
-    raise Fault(f'a part of its content is {kind!r}: only {{"type": "text", "text": "…"}} is read')
+    raise Fault(f'a part of its content is {kind!r}: this model reads text only')
 
 
 def _calls(calls: object) -> list[dict]:

@@ -18,6 +18,7 @@ import pytest
 from dataset import files as files_module
 from dataset.files import BrokenData, data_files, open_as, read_blocks
 from dataset.records import read_records
+from dataset.sampling import sample_texts
 
 TEXTS = [f"第{i}篇：“引号”, \"逗号\"\n换行 \u2028 \U0001f600 {'长' * (i % 50)}" for i in range(3000)]
 RECORDS = [{"text": text} for text in TEXTS]
@@ -157,6 +158,17 @@ def test_plain_text_by_line_or_by_paragraph(tmp_path):
     assert list(read_records(path, "pretrain")) == [(1, "题目\r\n一行"), (5, "二\r\n三")]
     with pytest.raises(BrokenData, match="plain text: data for pretraining"):
         list(read_records(path, "sft"))
+
+
+def test_a_document_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_bytes("好\n".encode() * 5 + b"caf\xe9 \xff\n" + "好".encode())
+    with pytest.raises(BrokenData, match="d.txt:6: not UTF-8"):
+        texts_in(path)
+    with data_files([path], tmp_path) as files:
+        sample = sample_texts(files, 10**6)
+    assert len(sample.train + sample.heldout) == 6
+    assert [line.split(": ")[0] for line in sample.broken] == [f"{path}:6"]
 
 
 @pytest.mark.parametrize("by_paragraph", [False, True])

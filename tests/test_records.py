@@ -128,7 +128,7 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(BrokenData, match="no records in this file"):
         list(read_records(write_lines(tmp_path / "blank.jsonl", [b"", b""]), "pretrain"))
     pretty = write_lines(tmp_path / "pretty.json", [json.dumps(GOOD, indent=1).encode()])
-    with pytest.raises(BrokenData, match="pretty.json:1: bad JSON.*Is this JSON Lines"):
+    with pytest.raises(BrokenData, match="pretty.json:1: bad JSON.*is this JSON Lines"):
         list(read_records(pretty, "pretrain"))
 
 

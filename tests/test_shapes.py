@@ -39,7 +39,7 @@ def converted(record: dict) -> dict:
                    {"role": "assistant", "content": "早上好"}, QUESTION, ANSWER]}),
     ({"messages": [{"role": "developer", "content": "短"},
                    {"role": "user", "content": [{"type": "text", "text": "甲"},
-                                                {"type": "text", "text": "乙"}]}, ANSWER]},
+                                                {"type": "text", "value": "乙"}]}, ANSWER]},
      {"messages": [{"role": "system", "content": "短"}, {"role": "user", "content": "甲\n乙"},
                    ANSWER]}),
     # Calls of tools: OpenAI's objects, minimind's JSON text, ShareGPT's turns
@@ -117,6 +117,9 @@ def test_turns_are_brought_into_order_and_counted(given, expected, counted):
     ({"messages": [QUESTION, {**ANSWER, "content": " "}]}, 'message 2: empty "content"'),
     ({"messages": [{**QUESTION, "content": [{"type": "image_url"}]}, ANSWER]},
      "message 1: a part of its content is 'image_url'"),
+    ({"messages": [QUESTION, ANSWER], "images": ["a.jpg"]}, "comes with images: this model reads"),
+    ({"messages": [QUESTION, ANSWER], "label": False}, "answers labelled good or bad"),
+    ({"chosen_messages": [QUESTION], "rejected_messages": [QUESTION]}, "preference pairs"),
     ({"messages": [QUESTION, {"role": "bot", "content": "x"}]}, 'message 2: unknown role "bot"'),
     ({"messages": [QUESTION, {"role": ["user"], "content": "x"}]}, "message 2: unknown role"),
     ({"messages": [QUESTION]}, "no assistant turn"),
