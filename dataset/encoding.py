@@ -31,6 +31,7 @@ from model.conversation import LONGEST_TOKEN, ConversationEncoder
 
 LEAST_PARALLEL_BYTES = 8 << 20  # less is tokenised before other processes have started
 BLOCKS_AHEAD = 2  # for each process
+BYTES_AHEAD = 64 << 20  # in all, should the blocks be large
 RECORD_BITS = 40  # a record's number: that of its file above these bits, its line in them
 
 
@@ -224,14 +225,18 @@ def encode_files(files: list[DataFile], encoder: BlockEncoder, processes: int | 
     method = "fork" if sys.platform == "linux" else "spawn"
     pool = ProcessPoolExecutor(processes, get_context(method), _start_worker,
                                (encoder, os.getpid()))
-    waiting = deque()
+    waiting, bytes_ahead = deque(), 0
     try:
         for number, block in blocks:
-            waiting.append(pool.submit(_encode, number, block))
-            if len(waiting) > BLOCKS_AHEAD * processes:
-                yield waiting.popleft().result()
+            size = len(block.content) if isinstance(block.content, bytes) else block.num_bytes
+            waiting.append((pool.submit(_encode, number, block), size))
+            bytes_ahead += size
+            while len(waiting) > BLOCKS_AHEAD * processes or bytes_ahead > BYTES_AHEAD:
+                future, size = waiting.popleft()
+                bytes_ahead -= size
+                yield future.result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     except BrokenProcessPool as error:
         raise MemoryError("a process that tokenises was ended by the system, for want of memory no "
                           "doubt: close other programs and run again") from error

@@ -35,7 +35,7 @@ from datasets.exceptions import DatasetsError
 
 BLOCK_BYTES = 1 << 20
 BLOCK_RECORDS = 1000
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 32 << 20
 LINES, ARRAY, CSV, PARQUET, TEXT = "lines", "array", "csv", "parquet", "text"
 FORMAT_OF = {".jsonl": LINES, ".ndjson": LINES, ".json": LINES, ".csv": CSV, ".tsv": CSV,
              ".parquet": PARQUET, ".txt": TEXT}

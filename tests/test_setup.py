@@ -111,8 +111,10 @@ class Sandbox:
         self.add_tool("python3", FAKE_PYTHON)
 
     def add_tool(self, name: str, text: str) -> None:
-        (self.fakes / name).write_text(text)
-        (self.fakes / name).chmod(0o755)
+        tool = self.fakes / name
+        tool.unlink(missing_ok=True)  # a link to the real one: writing would go through it
+        tool.write_text(text)
+        tool.chmod(0o755)
 
     def environment(self, **extra: str) -> dict[str, str]:
         return {"PATH": str(self.fakes), "FAKES": str(self.fakes), "CALLS": str(self.calls_file),
