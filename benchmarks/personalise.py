@@ -51,7 +51,7 @@ class Settings:
 
 
 def personalise(settings: Settings, seed: int, folder: Path) -> tuple[Path, float, float]:
-    """The weights that a run of train_sft.py makes in `folder`; its seconds, and the processors'."""
+    """The weights that train_sft.py makes in `folder`; its seconds, and the processors'."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run = subprocess.run(
         [
