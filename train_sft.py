@@ -12,6 +12,7 @@ agent that acts by writing Python are mixed in evenly, in rows long enough for t
 
     python train_sft.py
     python train_sft.py --preset mini --max_minutes 4
+    python train_sft.py --init model/yuanmeng-mini-instruct --data docs/examples/my_name.jsonl
     python train_sft.py --resume
 """
 

@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dataset.tasks import draw, read_tasks
 from model import MINI_DIR
 from model.scoring import Checkpoint
@@ -41,6 +43,7 @@ class Settings:
     new_names: str = option("小满,Xiaoman", "one of them has to be in the answer")
     old_names: str = option("缘梦,YuanMeng", "none of them may be")
     seeds: int = option(3, "runs")
+    threads: int = option(2, "CPU threads; 1 where other programs want the cores too")
     options: str = option("", "more options of train_sft.py, in one string")
     data: str = option("dataset/eval_starter.jsonl", "the questions, as for evaluate.py")
     limit: int = option(0, "questions of each task at most (0: all)")
@@ -48,13 +51,13 @@ class Settings:
 
 
 def personalise(settings: Settings, seed: int, folder: Path) -> tuple[Path, float, float]:
-    """The weights that a run of train_sft.py makes in `folder`; its seconds, and the processors'."""
+    """The weights that train_sft.py makes in `folder`; its seconds, and the processors'."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run = subprocess.run(
         [
             sys.executable, ROOT / "train_sft.py", "--init", Path(settings.init).resolve(),
             "--data", Path(settings.own_data).resolve(), "--seed", str(seed),
-            *shlex.split(settings.options),
+            "--threads", str(settings.threads), *shlex.split(settings.options),
         ],
         cwd=folder, text=True, stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -92,6 +95,7 @@ def show(score: Score) -> str:
 
 def main() -> None:
     settings = parse_settings(Settings)
+    torch.set_num_threads(settings.threads)
     try:
         asked = read_tasks(Path(settings.data))
         tasks = {task: draw(asked[task], settings.limit, seed=42) for task in (NAME, *KEPT)}
@@ -102,7 +106,7 @@ def main() -> None:
         before, replies = measure(Path(settings.init), tasks, settings)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"benchmarks.personalise: {error}")
-    rows = []
+    rows: list[str] = []
     for seed in range(42, 42 + settings.seeds):
         with tempfile.TemporaryDirectory() as folder:
             weights, seconds, processors = personalise(settings, seed, Path(folder))
@@ -114,7 +118,7 @@ def main() -> None:
             p = f"  p = {p_values[KEPT.index(task)]:.3f}" if task in KEPT else ""
             rows += [f"  {task:10} {len(tasks[task]):4} items  before {show(before[task])}  "
                      f"after {show(after[task])}{p}"]
-    print("\n".join(rows))
+        print("\n".join(rows[-1 - len(tasks) :]), flush=True)
     with atomic_write(settings.output, "w") as file:
         file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in replies)
     print(f"Replies: {settings.output}")

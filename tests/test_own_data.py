@@ -90,7 +90,9 @@ def test_what_the_user_says_wins(weights, own, usual, run_here):  # noqa: F811
     assert len(rates) == 3 and rates[0] == 0.005
 
 
-def test_weights_of_pretraining_get_the_usual_run(weights, own, usual, tmp_path, run_here):  # noqa: F811
+def test_weights_of_pretraining_get_the_usual_run(
+    weights, own, usual, tmp_path, run_here  # noqa: F811
+):
     path = tmp_path / "pretrain_256.pth"
     path.write_bytes(weights.read_bytes())
     code, output = run_here([SFT, "--init", str(path), "--data", own, *SMALL])
@@ -107,6 +109,22 @@ def test_without_the_usual_data(weights, own, monkeypatch, run_here):  # noqa: F
     assert code is None and len(LOG_LINE.findall(output.replace("/2]", "/1]"))) <= 2
     assert "Mix: the stage's usual data is not on this machine" in output
     assert "python -m dataset.starter" in output
+
+
+def test_the_agents_conversations_are_mixed_in_too(
+    weights, own, usual, data, tmp_path, monkeypatch, run_here  # noqa: F811
+):
+    agent = tmp_path / "codeact.jsonl"
+    lines = usual.read_text("utf-8").replace("答案是", "运行得").splitlines(keepends=True)
+    agent.write_text("".join(lines), "utf-8")
+    monkeypatch.setattr(training.own_data, "usual_data", lambda stage, settings: [usual, agent])
+    code, output = run_here([SFT, "--init", str(weights), "--data", own, *SMALL,
+                             "--max_steps", "2"])
+    assert code is None, output
+    assert re.search(r"^Mix: 50% of the rows are of \S*talks.jsonl and \S*codeact.jsonl, ", output,
+                     re.MULTILINE)
+    drawn = (tmp_path / "dataset/.cache/mix-talks.jsonl").read_text("utf-8")
+    assert drawn.count("答案是") > 3 < drawn.count("运行得")
 
 
 @pytest.mark.parametrize(
@@ -287,20 +305,22 @@ def test_a_run_ends_when_the_records_are_learnt_by_heart(
            "--learning_rate", "0.02"]
     code, output = run_here(run)
     assert code is None, output
-    told = re.search(r"^The loss on your 6 records is (\S+) at step (\d+): they are learnt by heart; "
-                     r"stopping at step (\d+), as the rate falls\.$", output, re.MULTILINE)
+    told = re.search(r"^The loss on your 6 records is (\S+) at step (\d+): they are learnt by "
+                     r"heart; stopping at step (\d+), as the rate falls\.$", output, re.MULTILINE)
     assert told and float(told[1]) <= training.loop.LEARNT_NATS
     learnt, end = int(told[2]), int(told[3])
     assert learnt % 10 == 0 and end == math.ceil(learnt / 0.4) < training.own_data.LEAST_STEPS
     assert f"Done: {end} steps" in output and output.count("by heart") == 1
     rates = [float(rate) for rate in re.findall(r"lr:(\S+)", output)]
     assert rates[learnt - 1] == rates[learnt] == 0.02  # no leap there
-    assert rates[learnt + 1] > rates[learnt + 5] > rates[-1] and rates[-1] <= 0.02 / 0.6 / end + 1e-9
+    assert rates[learnt + 1] > rates[learnt + 5] > rates[-1]
+    assert rates[-1] == pytest.approx(0.02 / 0.6 / end, abs=1e-9)  # the last step before zero
     assert len(losses(tmp_path, "sft")) == end
     code, output = run_here([*run, "--resume"])
     assert code is None and "This run is complete" in output and "lr:" not in output
 
-    steps = str(learnt + 5)  # whoever names a length gets it, and is told
+    monkeypatch.setattr(training.loop, "LEARNT_NATS", 100.0)
+    steps = "12"  # whoever names a length gets it, and is told
     code, output = run_here([*run, "--out_dir", "named", "--max_steps", steps])
     assert code is None, output
     assert "learnt by heart; more passes add nothing." in output and f"Done: {steps} " in output

@@ -1,4 +1,4 @@
-"""One's own data on a trained chat model: what fits a small file, and what guards against forgetting.
+"""One's own data on a trained chat model: what fits a small file, and what prevents forgetting.
 
 A few dozen records on a model that already talks are another matter than the first fine-tuning: the
 rates that made the model would undo it, one pass is a step or two, and what the file does not speak
