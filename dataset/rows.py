@@ -97,7 +97,8 @@ def prepare_rows(
 ) -> PackedRows:
     """Tokenise and pack data files into rows, or open their cache; say what they hold.
 
-    About one record in 200, chosen by a hash of its content, is held out (at most 2,000 rows).
+    About one record in 200, chosen by a hash of its content, is held out (at most 2,000 rows; none
+    of fewer records than that).
     With several processes, let the first of each machine call first and the others, after a
     barrier, with `build=False`: that only opens, and raises `CacheError` if there is nothing to
     open. Machines that share the disk build the same rows beside each other, and the first to
@@ -285,8 +286,10 @@ def _write_rows(files: list[DataFile], kind: str, tokenizer: PreTrainedTokenizer
             repeats.add(hashes)
             if first is None and len(hashes):
                 first = hashes[0]  # is trained on, so that a file of one record has a row
-            # Decided by content: a repeated record cannot stand on both sides.
-            chosen = (hashes % HELDOUT_ONE_IN == 0) & (hashes != first)
+            # Decided by content: a repeated record cannot stand on both sides. Of a few records of
+            # one's own each is wanted.
+            few = block.num_bytes == total_bytes and len(hashes) < HELDOUT_ONE_IN
+            chosen = (hashes % HELDOUT_ONE_IN == 0) & (hashes != first) & (not few)
             kept = ~chosen
             for i in np.flatnonzero(chosen).tolist():
                 content_hash = int(hashes[i])
