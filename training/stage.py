@@ -165,7 +165,7 @@ def rows_of(
     """The rows of the stage's data, those of the agent's conversations among them, and of the
     `usual` data that is mixed into one's own; they settle how many epochs the run has."""
     rows, *agent = (
-        prepare_rows(paths, stage, TOKENIZER_DIR, settings.row_length,
+        prepare_rows([shown(path) for path in paths], stage, TOKENIZER_DIR, settings.row_length,
                      **settings.reading_options(), **options)
         for paths in (data, agent_data) if paths
     )
