@@ -39,7 +39,7 @@ MAX_LINE_BYTES = 32 << 20
 LINES, ARRAY, CSV, PARQUET, TEXT = "lines", "array", "csv", "parquet", "text"
 FORMAT_OF = {".jsonl": LINES, ".ndjson": LINES, ".json": LINES, ".csv": CSV, ".tsv": CSV,
              ".parquet": PARQUET, ".txt": TEXT}
-CODEC_OF = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BORDER = re.compile(rb"\n[ \t\r]*\n")  # between two documents of a .txt
 UTF16_NULS = 0.01  # share of NUL bytes, mostly at odd or at even places, of UTF-16
@@ -121,10 +121,7 @@ def open_as(path: Path, name: str = "") -> DataFile:
     if head.startswith(b"PAR1"):
         return DataFile(path, PARQUET, None, name)
     codec = next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), None)
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    if suffixes and suffixes[-1] in CODEC_OF:
-        suffixes.pop()
-    format = FORMAT_OF.get(suffixes[-1] if suffixes else "")
+    format = _format_named(Path(name))
     if format == PARQUET:
         raise BrokenData(f"{name}: is no Parquet file, whatever its name says: copy it again.")
     if format not in (CSV, TEXT):
@@ -172,17 +169,22 @@ def _files_in(folder: Path) -> list[Path]:
     """The data files in a folder and below it, in the order of their names; no hidden ones."""
     found = []
     for path in sorted(folder.rglob("*")):
-        suffixes = [suffix.lower() for suffix in path.suffixes]
-        if suffixes and suffixes[-1] in CODEC_OF:
-            suffixes.pop()
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if suffixes and suffixes[-1] in FORMAT_OF and path.is_file() and not hidden:
+        if _format_named(path) and path.is_file() and not hidden:
             found.append(path)
     if not found:
         raise FileNotFoundError(
             f"{folder}: no data file in this folder; known are {' '.join(FORMAT_OF)}, "
-            f"compressed ones too ({' '.join(CODEC_OF)})")
+            f"compressed ones too ({' '.join(COMPRESSED)})")
     return found
+
+
+def _format_named(path: Path) -> str | None:
+    """The format that a file's name tells, compressed or not."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return FORMAT_OF.get(suffixes[-1]) if suffixes else None
 
 
 @contextmanager
@@ -338,7 +340,7 @@ def _csv_blocks(file: DataFile) -> Iterator[Block]:
         _checked(stream.read(BLOCK_BYTES), file)
     with _opened(file) as (stream, position), \
             io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        delimiter = "\t" if ".tsv" in Path(str(file)).suffixes else ","
+        delimiter = "\t" if ".tsv" in str(file).lower() else ","
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
 
         def records() -> Iterator[tuple[int, object]]:

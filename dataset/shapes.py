@@ -54,6 +54,8 @@ def shape_of(record: object) -> str:
     """The name of a record's shape. Raises `WrongShape`, or `Fault` if it is no object."""
     if not isinstance(record, dict):
         raise Fault(f"wrong type: expected an object, found {json_type(record)}")
+    if None in record:  # as Python's reader of CSV has it
+        raise Fault("the row has more columns than the first one names")
     names = [name for name in ("chosen", "chosen_messages") if record.get(name) is not None]
     if names and record.get(names[0].replace("chosen", "rejected")) is not None:
         return PREFERENCES

@@ -125,6 +125,10 @@ def test_broken_csv(tmp_path):
     path.write_text('id,text\n1,"good"\n2,"never closed\n')
     with pytest.raises(BrokenData, match=r"f.csv:\d: cannot be read as CSV"):
         texts_in(path)
+    path.write_text("id,text\n" + "1,a\n" * 300 + "2,b,c\n3\n")
+    assert texts_in(path) == ["a"] * 300
+    with pytest.raises(BrokenData, match=r"f.csv:302: the row has more columns than the first"):
+        list(read_records(path, "pretrain", strict=True))
     path.write_text("question,answer\n1,2\n")
     with pytest.raises(BrokenData, match="unknown shape: its fields are question, answer"):
         texts_in(path)
