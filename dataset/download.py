@@ -65,8 +65,12 @@ def download(settings: DownloadSettings) -> list[Path]:
     paths = []
     for entry in entries:
         path = output_dir / entry.name
-        if _is_there(path, entry, hub, settings.overwrite):
+        size = path.stat().st_size if path.exists() else None
+        if size == entry.size:
             print(f"{shown(path)}: complete already ({entry.size / 1e6:,.1f} MB)")
+        elif size is not None and not settings.overwrite:  # older, newer, or edited: it may serve
+            print(f"{shown(path)}: has {size:,} bytes, {hub.title}'s {entry.size:,}; kept as it is "
+                  "(--overwrite replaces it)")
         else:
             _check_space(hub.partial(entry, partial_dir), entry)
             _move(hub.fetch(entry, revision, partial_dir), path)
@@ -123,20 +127,6 @@ def _contents(listing: dict[str, Entry]) -> str:
     if len(files) > LISTED_NAMES:
         names.append(f"and {len(files) - LISTED_NAMES} more")
     return f"It has: {', '.join(names)}" if names else "It is empty"
-
-
-def _is_there(path: Path, entry: Entry, hub: Hub, overwrite: bool) -> bool:
-    """Whether the file is complete; raise rather than replace one that someone may have edited."""
-    if not path.exists():
-        return False
-    if path.stat().st_size == entry.size:
-        return True
-    if not overwrite:
-        raise DownloadError(
-            f"{shown(path)} has {path.stat().st_size:,} bytes, {hub.title}'s {entry.size:,}. It "
-            "can be trained on as it is; if it is your own file, move it away; to replace it: "
-            "python -m dataset.download --overwrite")
-    return False
 
 
 def _check_space(partial: Path, entry: Entry) -> None:

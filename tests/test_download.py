@@ -222,12 +222,15 @@ def test_a_new_version_on_the_hub_is_not_appended_to_the_old(hub, settings, monk
     assert contents(settings.output_dir) == {name: hub.files[name] for name in MINI}
 
 
-def test_a_file_of_the_user_is_kept_unless_told_otherwise(hub, settings):
+def test_a_file_of_the_user_is_kept_unless_told_otherwise(hub, settings, capsys):
     own = Path(settings.output_dir) / MINI[0]
     own.parent.mkdir()
     own.write_bytes(b"mine")
-    assert "--overwrite" in failure(settings)
-    assert own.read_bytes() == b"mine" and not hub.ranges
+    download(settings)  # the other file is fetched all the same
+    assert own.read_bytes() == b"mine"
+    assert "kept as it is (--overwrite replaces it)" in capsys.readouterr().out
+    assert contents(settings.output_dir) == {
+        MINI[0]: b"mine", MINI[1]: hub.files[MINI[1]]}
     settings.overwrite = True
     download(settings)
     assert own.read_bytes() == hub.files[MINI[0]]

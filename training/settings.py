@@ -44,7 +44,8 @@ class TrainSettings:
 
     preset: str | None = option(None, "26m or mini; default: 26m with a GPU, mini without")
     data: list[str] | None = option(
-        None, "files, folders or - (standard input); default: the hub's, else the starter"
+        None, "files of any usual shape (docs/own-data.md), folders, or - for a pipe; default: the "
+        "hub's, else the starter"
     )
     strict: bool = option(False, "stop at the first broken line of the data")
     out_dir: str = option("out", "where weights, resume state and curves go")
