@@ -93,7 +93,7 @@ class PackedRows:
 def prepare_rows(
     data: str | Path | Sequence[str | Path], kind: str, tokenizer_dir: str | Path,
     row_length: int = 512, *, marks: str = "auto", cache_dir: Path = Path("dataset/.cache"),
-    strict: bool = False, build: bool = True, processes: int | None = None,
+    strict: bool = False, build: bool = True, processes: int | None = None, quiet: bool = False,
 ) -> PackedRows:
     """Tokenise and pack data files into rows, or open their cache; say what they hold.
 
@@ -111,6 +111,7 @@ def prepare_rows(
         marks: "auto" splits pretraining texts at marks of other projects, "keep" reads them as text.
         strict: stop at the first broken record.
         processes: that tokenise; by default one for each core, where there is enough to do.
+        quiet: do not say what the files hold.
 
     Raises:
         BrokenData, FileNotFoundError: the data cannot be used (see `dataset/records.py`).
@@ -143,7 +144,7 @@ def prepare_rows(
                 report = FileReport(file, reading, strict=True)
                 for block in read_blocks(file):
                     report.add(block.num_bytes, read_block(block, reading))
-        if build:
+        if not quiet:
             say(rows.meta["notes"])
     return rows
 

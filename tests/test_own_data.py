@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from test_trainers import (
 
 import training.loop
 import training.own_data
+from dataset.catalog import pick_data
 from model import MINI_DIR, YuanMengModel, preset_config
 from training.checkpoint import Saver, model_weights
 from training.own_data import draw_lines, is_chat_model, preset_of
@@ -56,10 +58,14 @@ def own(tmp_path):
 
 
 @pytest.fixture
-def usual(data, monkeypatch):  # noqa: F811
-    """The stage's usual data is that of the trainers' tests."""
+def usual(data, tmp_path, monkeypatch):  # noqa: F811
+    """The stage's usual data is that of the trainers' tests, also without --data."""
     path = data / "talks.jsonl"
     monkeypatch.setattr(training.own_data, "usual_data", lambda stage, settings: [path])
+    shutil.copy(path, tmp_path / "sft_starter.jsonl")
+    monkeypatch.setattr(
+        pick_data, "__kwdefaults__", {**pick_data.__kwdefaults__, "data_dir": tmp_path}
+    )
     return path
 
 
@@ -165,12 +171,13 @@ def test_the_preset_is_that_of_the_weights(weights, tmp_path):
     ("convert_to_transformers.py", "--model"),
 ])  # fmt: skip
 def test_a_safetensors_file_is_answered_by_its_folder(
-    script, option, tmp_path, run_here, monkeypatch  # noqa: F811
+    script, option, own, tmp_path, run_here, monkeypatch  # noqa: F811
 ):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # model_chat.py sets it up
     item = {"task": "t", "kind": "text", "source": "s", "text": "你好"}
     write_jsonl(tmp_path / "items.jsonl", [item])
-    options = ["--data", str(tmp_path / "items.jsonl")] if script == "evaluate.py" else []
+    options = {"evaluate.py": ["--data", str(tmp_path / "items.jsonl")],
+               "train_sft.py": ["--data", own]}.get(script, [])
     code, _ = run_here([str(ROOT / script), option, str(MINI_DIR / "model.safetensors"), *options])
     assert_one_line(code, "give the folder that holds it, .*yuanmeng-mini-instruct$")
 

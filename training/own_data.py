@@ -131,11 +131,13 @@ def add_usual_rows(
     settings: TrainSettings,
     build: bool = True,
     strict: bool = False,
+    quiet: bool = True,
 ) -> PackedRows:
     """`own` rows joined with about as many usual ones as the run takes (`training.order`).
 
     They hold conversations drawn from the files `usual`, as many bytes of each, which are written
-    into the cache folder first. `build` and `strict`: as for `dataset.rows.prepare_rows`.
+    into the cache folder first. `build`: as for `dataset.rows.prepare_rows`; what one's own file
+    is told (`strict`, `quiet`) does not concern them.
     """
     sample = CACHE_DIR / f"mix-{usual[0].stem}.jsonl"
     if build:
@@ -146,7 +148,8 @@ def add_usual_rows(
         with atomic_write(sample) as file:
             for path in usual:
                 file.writelines(draw_lines(path, num_bytes, settings.seed))
-    mixed = prepare_rows(sample, stage, TOKENIZER_DIR, settings.row_length, build=build)
+    mixed = prepare_rows(sample, stage, TOKENIZER_DIR, settings.row_length, build=build,
+                         quiet=True)
     return join_rows(own, mixed)
 
 

@@ -106,10 +106,11 @@ def train_stage(
         long = bool(agent_data) or len(usual) > 1
         fill_in_defaults(settings, recipes, LONG_ROWS if long else 512)
         if world.is_first_on_node:  # it builds the rows, the node's others open them
-            rows = rows_of(data, agent_data, usual, stage, settings, strict=settings.strict)
+            rows = rows_of(data, agent_data, usual, stage, settings, strict=settings.strict,
+                           quiet=not world.is_main)
     with world.together():
         if not world.is_first_on_node:
-            rows = rows_of(data, agent_data, usual, stage, settings, build=False)
+            rows = rows_of(data, agent_data, usual, stage, settings, build=False, quiet=True)
         if not len(rows.train):
             length = settings.row_length
             raise ValueError(f"{data[0]}: is too small to fill one row of {length} tokens")
