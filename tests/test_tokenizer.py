@@ -165,7 +165,7 @@ def test_a_lost_byte_is_found():
 # --- The same ids by tiktoken ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", ["{0}", "a{0}b  {0} {0}。{0}{0}", "好{0}好1{0}1\n{0}\t"])
+@pytest.mark.parametrize("context", ["{0}", "a{0}b  {0} 好{0}。{0}1"])
 def test_tiktoken_cuts_every_character_as_tokenizers_does(tokenizer, context):
     """Two libraries for regular expressions, with two tables of Unicode: one result."""
     fast, slow = tiktoken_of(tokenizer.backend_tokenizer), tokenizer.backend_tokenizer
